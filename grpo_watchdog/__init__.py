@@ -1,0 +1,45 @@
+"""A training-health watchdog for GRPO: it watches, says what is wrong, turns the knobs, and rolls back."""
+
+from grpo_watchdog.actions import Outcome
+from grpo_watchdog.attach import attach
+from grpo_watchdog.controls import Check, Controls, Dial, Knob, attr, item
+from grpo_watchdog.diagnosis import Incident
+from grpo_watchdog.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DamagedError,
+    JournalError,
+    RulebookError,
+    WatchdogError,
+)
+from grpo_watchdog.findings import Finding
+from grpo_watchdog.metrics import METRICS, Metric, Step
+from grpo_watchdog.rulebook import Policy, Rulebook, load
+from grpo_watchdog.watchdog import Verdict, Watchdog
+
+__all__ = [
+    "METRICS",
+    "Check",
+    "CheckpointError",
+    "ConfigurationError",
+    "Controls",
+    "DamagedError",
+    "Dial",
+    "Finding",
+    "Incident",
+    "JournalError",
+    "Knob",
+    "Metric",
+    "Outcome",
+    "Policy",
+    "Rulebook",
+    "RulebookError",
+    "Step",
+    "Verdict",
+    "Watchdog",
+    "WatchdogError",
+    "attach",
+    "attr",
+    "item",
+    "load",
+]

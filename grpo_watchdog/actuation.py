@@ -1,0 +1,168 @@
+"""Actuation: orders become outcomes. The only place with side effects on the trainer.
+
+Nothing raises out of here: what fails is an outcome that says so. Every knob that is held is read back on
+the next observation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS, Order, Outcome
+from grpo_watchdog.checkpoints import Vault
+from grpo_watchdog.controls import Check, Controls, Knob
+
+_log = logging.getLogger("grpo_watchdog")
+
+
+class Actuator(Protocol):
+    """What the watchdog asks of the side that touches the trainer; a replay offers the same from a journal."""
+
+    def read(self) -> dict[str, float]:
+        """Return the value in force of every knob."""
+        ...
+
+    def check(self, doses: Mapping[str, str], step: int) -> list[Outcome]:
+        """Return an outcome for every held knob that did not stay; `doses` is action to rule."""
+        ...
+
+    def execute(self, orders: Sequence[Order], step: int) -> list[Outcome]:
+        """Carry the orders out, one outcome each."""
+        ...
+
+    def inspect(self) -> list[Check]:
+        """Look at the state of the model."""
+        ...
+
+    def measure(self) -> dict[str, float]:
+        """Return the metrics that are taken on a schedule."""
+        ...
+
+    def settle_checkpoints(self, proven: Sequence[str], gone: Sequence[str]) -> None:
+        """Stamp and delete checkpoints."""
+        ...
+
+
+class Actuation:
+    """Carries orders out on real controls.
+
+    Args:
+        controls: what the trainer offers.
+        vault: where checkpoints go, or None where there is no folder for them.
+        memory: returns the findings' state, stored with each checkpoint.
+    """
+
+    def __init__(self, controls: Controls, vault: Vault | None, memory: Callable[[], dict[str, Any]]) -> None:
+        """Touch nothing yet."""
+        self._controls, self._vault, self._memory = controls, vault, memory
+        self.knobs: Mapping[str, Knob] = controls.knobs
+        self._broken: set[str] = set()
+
+    def read(self) -> dict[str, float]:
+        """Return the value in force of every knob that can be read."""
+        values = {}
+        for name, knob in self.knobs.items():
+            try:
+                values[name] = float(knob.read())
+            except Exception as error:  # noqa: BLE001 - a trainer's own getter may raise anything
+                self._say_once(name, f"knob {name} ({knob.where}) cannot be read: {error}")
+        return values
+
+    def check(self, doses: Mapping[str, str], step: int) -> list[Outcome]:
+        """Read every held knob back, and re-apply what somebody overwrote."""
+        outcomes = []
+        for action_name, rule in doses.items():
+            action = KNOB_ACTIONS[action_name]
+            knob = self.knobs.get(action.knob)
+            if knob is None:
+                continue
+            try:
+                trouble = knob.check()
+                now = knob.read() if trouble else None
+            except Exception as error:  # noqa: BLE001
+                trouble, now = f"{knob.where}: {type(error).__name__}: {error}", None
+            if trouble:
+                reason = "read back on the next observation"
+                outcomes.append(Outcome(step, action_name, None, now, rule, reason, ok=False, detail=trouble))
+        return outcomes
+
+    def execute(self, orders: Sequence[Order], step: int) -> list[Outcome]:
+        """Carry the orders out in turn."""
+        return [self._safely(order, step) for order in orders]
+
+    def inspect(self) -> list[Check]:
+        """Look at the model; a check that fails to run is a check that could not tell."""
+        try:
+            return self._controls.inspect()
+        except Exception as error:  # noqa: BLE001
+            return [Check("inspection", None, f"the look at the model failed: {type(error).__name__}: {error}")]
+
+    def measure(self) -> dict[str, float]:
+        """Return the scheduled metrics; none where measuring fails."""
+        try:
+            return self._controls.measure()
+        except Exception as error:  # noqa: BLE001
+            self._say_once("measure", f"param_change and param_drift cannot be measured: {error}")
+            return {}
+
+    def save(self, order: Order, step: int) -> Outcome:
+        """Take a checkpoint; `detail` is its id."""
+        if self._vault is None or not self._controls.restorable:
+            detail = "no run_dir, or the trainer offers no checkpoints"
+            return Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=detail)
+        checkpoint = self._vault.save(step, self._controls.save, self._memory())
+        return Outcome(step, order.action, None, float(step), order.rule, order.reason, detail=checkpoint)
+
+    def roll_back(self, order: Order, step: int) -> Outcome:
+        """Restore the first of the ordered checkpoints that verifies; nothing is touched where none does."""
+        failures = []
+        for checkpoint in order.checkpoints if self._vault is not None else ():
+            assert self._vault is not None
+            try:
+                self._controls.restore(self._vault.verify(checkpoint))
+            except Exception as error:  # noqa: BLE001 - damaged, or it does not fit: the next one may
+                failures.append(f"{checkpoint}: {error}")
+                _log.warning("rollback to %s failed: %s", checkpoint, error)
+                continue
+            for knob in self.knobs.values():  # the doses on top of what was restored
+                knob.check()
+            after = float(checkpoint.rsplit("-step-", 1)[1])
+            reason = "; ".join([order.reason, *(f"passed over {f}" for f in failures)])
+            return Outcome(step, order.action, float(step), after, order.rule, reason, detail=checkpoint)
+        detail = "; ".join(failures) or "there is no checkpoint to go to"
+        return Outcome(step, order.action, float(step), None, order.rule, order.reason, ok=False, detail=detail)
+
+    def settle_checkpoints(self, proven: Sequence[str], gone: Sequence[str]) -> None:
+        """Stamp what is proven, delete what is not wanted any more."""
+        if self._vault is None:
+            return
+        for checkpoint in proven:
+            try:
+                self._vault.stamp(checkpoint)
+            except OSError as error:
+                self._say_once("stamp", f"checkpoint {checkpoint} cannot be stamped as proven: {error}")
+        for checkpoint in gone:
+            self._vault.delete(checkpoint)
+
+    def _safely(self, order: Order, step: int) -> Outcome:
+        try:
+            outcome = ACTIONS[order.action].act(order, self, step)
+        except Exception as error:  # noqa: BLE001 - an action that fails is an outcome
+            detail = f"{type(error).__name__}: {error}"
+            outcome = Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=detail)
+        action = KNOB_ACTIONS.get(order.action)
+        if action is None or order.release or not outcome.ok or outcome.after is None or order.target is None:
+            return outcome
+        safe = action.merge(outcome.after, order.target)
+        if not math.isclose(safe, outcome.after, rel_tol=1e-5):
+            detail = f"{self.knobs[action.knob].where} reads {outcome.after:g} after it was held at {order.target:g}"
+            return outcome._replace(ok=False, detail=detail)
+        return outcome
+
+    def _say_once(self, key: str, text: str) -> None:
+        if key not in self._broken:
+            self._broken.add(key)
+            _log.warning("%s", text)

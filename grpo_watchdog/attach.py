@@ -1,0 +1,77 @@
+"""attach: one line between a trainer and its watchdog."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_watchdog.errors import ConfigurationError
+from grpo_watchdog.metrics import RatioTo
+from grpo_watchdog.rulebook import Rulebook
+from grpo_watchdog.watchdog import Watchdog
+
+
+def attach(
+    *,
+    model: Any,  # noqa: ANN401 - torch is not imported before it is needed
+    optimizer: Any,  # noqa: ANN401
+    scheduler: Any = None,  # noqa: ANN401
+    scaler: Any = None,  # noqa: ANN401
+    reference: Any = None,  # noqa: ANN401
+    kl_coef: Any = None,  # noqa: ANN401
+    clip_epsilon: Any = None,  # noqa: ANN401
+    grad_norm_limit: Any = None,  # noqa: ANN401
+    state: Mapping[str, Any] | None = None,
+    rules: str | Path | Rulebook = "documented",
+    run_dir: str | Path | None = None,
+    ratio_to: RatioTo = "reference",
+    dims: int | None = None,
+    tensorboard: Any = False,  # noqa: ANN401
+    resume: bool = False,
+    **policy: Any,
+) -> Watchdog:
+    """Attach a watchdog to a plain PyTorch loop.
+
+    Args:
+        model: the policy (torch.nn.Module).
+        optimizer: the optimizer that trains it; its learning rate becomes a knob.
+        scheduler: its scheduler, or a list of them; saved and restored, never disturbed.
+        scaler: its GradScaler.
+        reference: the frozen reference policy, looked at by the model checks.
+        kl_coef: how the KL coefficient is turned: `gw.attr(config, "beta")`, `gw.item(d, "beta")` or a
+            (read, write) pair of functions. Left out, the KL dose cannot be given, and that is said.
+        clip_epsilon: the same for the clip range.
+        grad_norm_limit: the same for the norm that gradients are clipped to.
+        state: further things that a rollback must bring back, by name: samplers, data iterators, accumulators.
+        rules: the rulebook: a name, a path or a loaded one.
+        run_dir: where the journal and the checkpoints go.
+        ratio_to: the policy that the surrogate ratio is taken to: "reference" (the document's trainer) or "old".
+        dims: dimensions or tokens over which a trajectory's log-prob is summed, where known.
+        tensorboard: True for `run_dir`/tensorboard, a folder, or a SummaryWriter.
+        resume: go on with the run that `run_dir` holds.
+        **policy: checkpoint_every, probation, on_divergence, recover_after, rollback_budget, targets, keep ...
+
+    Returns:
+        The watchdog. Call `observe(step, metrics)` after each optimizer step.
+
+    Raises:
+        ConfigurationError: something handed over cannot be used; says what and what is allowed.
+        RulebookError: the rulebook cannot be used; says every problem with its place.
+    """
+    from grpo_watchdog.integrations.tensorboard import TensorBoardListener  # noqa: PLC0415 - `import grpo_watchdog` stays light
+    from grpo_watchdog.integrations.torch_loop import TorchControls  # noqa: PLC0415
+
+    if tensorboard is True:
+        if run_dir is None:
+            raise ConfigurationError("tensorboard=True writes under run_dir: give run_dir, a folder or a SummaryWriter")
+        tensorboard = Path(run_dir) / "tensorboard"
+    controls = TorchControls(
+        model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, reference=reference, state=state,
+        knobs={"kl_coef": kl_coef, "clip_epsilon": clip_epsilon, "grad_norm_limit": grad_norm_limit},
+        check_every=policy.get("check_every", 50),
+    )  # fmt: skip
+    listeners = [TensorBoardListener(tensorboard)] if tensorboard else []
+    return Watchdog(
+        rules, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners, **policy
+    )

@@ -1,0 +1,215 @@
+"""Checkpoints: the ledger of which exist and which are proven healthy, and the vault that keeps them on disk.
+
+A checkpoint is a candidate until `probation` healthy observations have followed it. Trouble in between
+discards it. The ledger decides from what it was told and touches no disk; the vault writes atomically
+(temporary folder, fsync, rename), with a hash manifest, and verifies every byte before anything is restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_watchdog.errors import CheckpointError, DamagedError
+
+_MANIFEST, _PROVEN, _MEMORY = "manifest.json", "proven", "watchdog.json"
+_SCHEMA = 1
+
+
+class Checkpoint(NamedTuple):
+    """One checkpoint.
+
+    Attributes:
+        id: the name of its folder; unique in a run, ascending in the order of saving.
+        step: the step after which it was taken.
+        healthy: healthy observations since.
+        proven: whether there were enough of them.
+        memory: the findings' state at that step, which a rollback brings back.
+    """
+
+    id: str
+    step: int
+    healthy: int
+    proven: bool
+    memory: dict[str, Any]
+
+
+class Ledger:
+    """Which checkpoints exist, oldest first, and which are proven. Pure memory.
+
+    Args:
+        probation: healthy observations that prove a checkpoint [observations].
+        keep: how many proven checkpoints are kept.
+    """
+
+    def __init__(self, probation: int, keep: int) -> None:
+        """Start empty."""
+        self._probation, self._keep = probation, keep
+        self.entries: list[Checkpoint] = []
+        self._settling = False  # whether any candidate waits
+
+    def add(self, checkpoint_id: str, step: int, memory: dict[str, Any]) -> None:
+        """Enter a fresh candidate."""
+        self.entries.append(Checkpoint(checkpoint_id, step, 0, proven=False, memory=memory))
+        self._settling = True
+
+    def tick(self, *, healthy: bool) -> tuple[list[str], list[str]]:
+        """Count one observation; return the ids that became proven, and those that are to be deleted."""
+        if not self._settling:
+            return [], []
+        if not healthy:
+            failed = [c.id for c in self.entries if not c.proven]
+            self.drop(failed)
+            return [], failed
+        counted = [c if c.proven else c._replace(healthy=c.healthy + 1) for c in self.entries]
+        proven = [c.id for c in counted if not c.proven and c.healthy >= self._probation]
+        self.entries = [c._replace(proven=c.proven or c.id in proven) for c in counted]
+        surplus = self.proven()[: -self._keep] if proven else []
+        self.drop([c.id for c in surplus])
+        self._settling = any(not c.proven for c in self.entries)
+        return proven, [c.id for c in surplus]
+
+    def proven(self) -> list[Checkpoint]:
+        """Return the proven ones, oldest first."""
+        return [c for c in self.entries if c.proven]
+
+    def choices(self, before: str | None = None) -> list[Checkpoint]:
+        """Return what a rollback may go to, best first: proven, newest first, and older than `before`."""
+        return [c for c in reversed(self.entries) if c.proven and (before is None or c.id < before)]
+
+    def drop(self, ids: list[str]) -> None:
+        """Strike checkpoints off."""
+        self.entries = [c for c in self.entries if c.id not in ids]
+        self._settling = any(not c.proven for c in self.entries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the entries as JSON-able values."""
+        return {"entries": [list(c) for c in self.entries]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.entries = [Checkpoint(*row) for row in state["entries"]]
+        self._settling = any(not c.proven for c in self.entries)
+
+
+class Vault:
+    """The folder in which checkpoints lie.
+
+    Args:
+        folder: made when the first one is saved.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Remember where; touch nothing."""
+        self.folder = folder
+        self._count = 0
+
+    def save(self, step: int, write: Callable[[Path], None], memory: Mapping[str, Any]) -> str:
+        """Write one checkpoint and return its id.
+
+        Args:
+            step: after which it is taken.
+            write: writes the training state into an empty folder.
+            memory: the watchdog's own state, stored beside it.
+
+        Raises:
+            CheckpointError: it could not be written whole; nothing is left behind.
+        """
+        temporary = self.folder / f".writing-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            temporary.mkdir()
+            write(temporary)
+            (temporary / _MEMORY).write_text(json.dumps(memory))
+            files = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
+            manifest = {"schema": _SCHEMA, "step": step, "files": files}
+            (temporary / _MANIFEST).write_text(json.dumps({**manifest, "seal": _seal(manifest)}))
+            for path in temporary.iterdir():
+                _sync(path)
+            _sync(temporary)
+            checkpoint_id = self._next_id(step)
+            temporary.rename(self.folder / checkpoint_id)
+            _sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"checkpoint of step {step} not written: {error}") from error
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return checkpoint_id
+
+    def verify(self, checkpoint_id: str) -> Path:
+        """Return the folder of a checkpoint after every byte was held against its manifest.
+
+        Raises:
+            DamagedError: a file is missing, of another size, or of another hash.
+        """
+        folder = self.folder / checkpoint_id
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            if manifest.pop("seal") != _seal(manifest):
+                raise DamagedError(f"checkpoint {checkpoint_id}: {_MANIFEST} is not what was written")
+            for name, expected in manifest["files"].items():
+                if _fingerprint(folder / name) != expected:
+                    raise DamagedError(f"checkpoint {checkpoint_id}: {name} is not what was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"checkpoint {checkpoint_id}: {type(error).__name__}: {error}") from error
+        return folder
+
+    def stamp(self, checkpoint_id: str) -> None:
+        """Mark a checkpoint as proven, on disk."""
+        mark = self.folder / checkpoint_id / _PROVEN
+        mark.touch()
+        _sync(mark.parent)
+
+    def delete(self, checkpoint_id: str) -> None:
+        """Delete a checkpoint; one that is gone already is no trouble."""
+        shutil.rmtree(self.folder / checkpoint_id, ignore_errors=True)
+
+    def proven(self) -> list[Checkpoint]:
+        """Return the checkpoints on disk that are stamped and whole, oldest first; what a resumed run may trust."""
+        found = []
+        for folder in sorted(self.folder.glob("ckpt-*")):
+            if (folder / _PROVEN).exists():
+                try:
+                    self.verify(folder.name)
+                    step = json.loads((folder / _MANIFEST).read_text())["step"]
+                    memory = json.loads((folder / _MEMORY).read_text())
+                except (DamagedError, OSError, ValueError, KeyError):
+                    continue
+                found.append(Checkpoint(folder.name, step, 0, proven=True, memory=memory))
+        return found
+
+    def _next_id(self, step: int) -> str:
+        """Return a name that sorts after all others: steps may come again after a rollback."""
+        taken = [int(p.name.split("-")[1]) for p in self.folder.glob("ckpt-*-*")]
+        self._count = max([self._count, *taken]) + 1
+        return f"ckpt-{self._count:06d}-step-{step}"
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half written."""
+        for left in self.folder.glob(".writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,232 @@
+"""What a trainer lets us read, turn, save and restore: the protocols, and the knobs that need no trainer.
+
+A `Dial` is how one number is read and written (an attribute, an item, a pair of functions). A `Knob` holds
+such a number below a ceiling or above a floor until it is released. `Controls` is all that a trainer offers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from grpo_watchdog.errors import ConfigurationError
+
+
+class Dial(NamedTuple):
+    """How one number of the trainer is read and written, and what to call the place."""
+
+    read: Callable[[], float]
+    write: Callable[[float], None]
+    where: str
+
+
+def attr(owner: object, name: str) -> Dial:
+    """Return the dial for an attribute that the trainer reads on every step: `gw.attr(config, "beta")`.
+
+    Args:
+        owner: the object that the training loop really reads (a copy of it turns nothing).
+        name: the attribute; a float, an int or a 0-d tensor (which is then filled in place).
+
+    Raises:
+        ConfigurationError: `owner` has no such attribute.
+    """
+    if not hasattr(owner, name):
+        raise ConfigurationError(f"{type(owner).__name__} has no attribute {name!r}")
+
+    def write(value: float) -> None:
+        now = getattr(owner, name)
+        if hasattr(now, "fill_"):
+            now.data.fill_(value)
+        else:
+            setattr(owner, name, value)
+
+    return Dial(lambda: float(getattr(owner, name)), write, f"{type(owner).__name__}.{name}")
+
+
+def item(owner: MutableMapping[str, Any], key: str) -> Dial:
+    """Return the dial for an item of a mapping that the trainer reads on every step.
+
+    Raises:
+        ConfigurationError: `owner` has no such key.
+    """
+    if key not in owner:
+        known = ", ".join(map(repr, owner)) or "nothing"
+        raise ConfigurationError(f"no item {key!r}; there is {known}")
+
+    def write(value: float) -> None:
+        if hasattr(owner[key], "fill_"):
+            owner[key].data.fill_(value)
+        else:
+            owner[key] = value
+
+    return Dial(lambda: float(owner[key]), write, f"[{key!r}]")
+
+
+def dial(spec: Dial | tuple[Callable[[], float], Callable[[float], None]], name: str) -> Dial:
+    """Return a working dial for what a user handed over as `name`, tried once without changing anything.
+
+    Raises:
+        ConfigurationError: it is neither a Dial nor a (read, write) pair, cannot be read as a finite
+            number, or cannot be written (a frozen dataclass, say).
+    """
+    if isinstance(spec, tuple) and len(spec) == 2 and all(map(callable, spec)):  # noqa: PLR2004
+        spec = Dial(spec[0], spec[1], name)
+    if not isinstance(spec, Dial):
+        raise ConfigurationError(
+            f"{name} must be gw.attr(object, 'name'), gw.item(dict, 'key') or a (read, write) pair of functions, "
+            f"not {spec!r}: a plain number cannot be turned while the trainer runs"
+        )
+    try:
+        now = float(spec.read())
+        spec.write(now)
+    except Exception as error:
+        raise ConfigurationError(f"{name} ({spec.where}) cannot be turned: {error}") from error
+    if not math.isfinite(now):
+        raise ConfigurationError(f"{name} ({spec.where}) is {now}; it must be finite")
+    return spec
+
+
+class Knob(Protocol):
+    """One number of the trainer that can be held and released."""
+
+    where: str
+
+    def read(self) -> float:
+        """Return the value in force."""
+        ...
+
+    def base(self) -> float:
+        """Return the value that the user set, as it was at attach: what scaled targets are scaled from."""
+        ...
+
+    def hold(self, limit: float) -> None:
+        """Keep the value at or on the safe side of `limit` from now on, whoever else writes it."""
+        ...
+
+    def release(self) -> None:
+        """Let go: the value is again what the user, or the user's scheduler, says."""
+        ...
+
+    def check(self) -> str | None:
+        """Return why the hold did not take since the last check, or None; re-apply it where possible."""
+        ...
+
+
+class DialKnob:
+    """Holds what a dial turns: a floor (`safe=max`) or a ceiling (`safe=min`).
+
+    When somebody else writes the value while it is held (an adaptive KL controller, say), theirs is kept as
+    the user's value for the release, and the limit is applied to it again.
+    """
+
+    def __init__(self, spec: Dial, safe: Literal["min", "max"]) -> None:
+        """Read the user's value once."""
+        self.where = spec.where
+        self._dial = spec
+        self._safe = min if safe == "min" else max
+        self._base = self._own = spec.read()
+        self._limit: float | None = None
+        self._wrote: float | None = None
+
+    def read(self) -> float:
+        """Return the value in force."""
+        return self._dial.read()
+
+    def base(self) -> float:
+        """Return the value at attach."""
+        return self._base
+
+    def hold(self, limit: float) -> None:
+        """Apply the limit to the user's value and remember it."""
+        if self._limit is None:
+            self._own = self._dial.read()
+        self._limit = limit
+        self._apply()
+
+    def release(self) -> None:
+        """Write the user's value back."""
+        if self._limit is not None:
+            now = self._dial.read()
+            self._limit = None
+            if now == self._wrote:
+                self._dial.write(self._own)
+
+    def check(self) -> str | None:
+        """Re-apply the limit where somebody overwrote it, and say so."""
+        if self._limit is None:
+            return None
+        now = self._dial.read()
+        if now == self._wrote:
+            return None
+        self._own, wrote = now, self._wrote
+        if self._safe(now, self._limit) == now:
+            self._wrote = now
+            return None
+        self._apply()
+        return f"{self.where} was {wrote:g} and somebody set it to {now:g}: held at {self._wrote:g} again"
+
+    def _apply(self) -> None:
+        assert self._limit is not None
+        self._dial.write(self._safe(self._own, self._limit))
+        self._wrote = self._dial.read()  # as stored: a float32 tensor rounds
+
+
+class Check(NamedTuple):
+    """One look at the state of the model: what was looked at, whether it passed (None: could not tell), and what was seen."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+class Controls(Protocol):
+    """All that a trainer offers. Whatever it lacks is said at attach, and done without."""
+
+    @property
+    def knobs(self) -> Mapping[str, Knob]:
+        """Return the knobs by metric name: learning_rate, kl_coef, clip_epsilon, grad_norm_limit."""
+        ...
+
+    @property
+    def restorable(self) -> bool:
+        """Return whether `save` and `restore` work."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the whole training state into an empty folder; raise CheckpointError where it is not finite."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Restore everything from such a folder, or leave everything as it was and raise."""
+        ...
+
+    def inspect(self) -> list[Check]:
+        """Look at the state of the model."""
+        ...
+
+    def measure(self) -> dict[str, float]:
+        """Return metrics that the trainer does not emit and that cost something: param_change, param_drift."""
+        ...
+
+
+class NoControls:
+    """A trainer that lets itself be watched, and nothing else."""
+
+    knobs: Mapping[str, Knob] = {}
+    restorable = False
+
+    def save(self, folder: Path) -> None:
+        """Do nothing: never called, since `restorable` is False."""
+
+    def restore(self, folder: Path) -> None:
+        """Do nothing: never called, since `restorable` is False."""
+
+    def inspect(self) -> list[Check]:
+        """Return nothing."""
+        return []
+
+    def measure(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}

@@ -1,0 +1,69 @@
+"""Collapse: any one of several signs that all samples of a group are worth the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from grpo_watchdog.detectors.detector import Memoryless, Reading
+from grpo_watchdog.rule import MetricName, Model, Number, SingleRule, known_metric
+
+
+class Sign(Model):
+    """One sign: a metric at or below, or at or above, a limit."""
+
+    metric: MetricName
+    at_most: Number | None = None
+    at_least: Number | None = None
+
+    _check_metric = field_validator("metric")(known_metric)
+
+    @model_validator(mode="after")
+    def _one_side(self) -> Sign:
+        if (self.at_most is None) == (self.at_least is None):
+            raise ValueError("a sign has exactly one of at_most and at_least")
+        return self
+
+    def shown_by(self, value: float) -> bool:
+        """Return whether the value shows the sign; not-a-number shows nothing."""
+        if self.at_most is not None:
+            return value <= self.at_most
+        return value >= self.at_least  # type: ignore[operator]
+
+
+class CollapseRule(SingleRule):
+    """Holds while any sign is shown; `for` is the window over which it must be.
+
+    Attributes:
+        signs: in the order of their worth as evidence.
+    """
+
+    kind: Literal["collapse"]
+    signs: Annotated[list[Sign], Field(min_length=1)]
+
+
+class CollapseDetector(Memoryless):
+    """Looks for the first sign shown. Blind only where none of the metrics is there."""
+
+    needs_all = False
+
+    def __init__(self, rule: CollapseRule) -> None:
+        """Keep the signs."""
+        self._signs = rule.signs
+        self.needs = tuple(sign.metric for sign in rule.signs)
+
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
+        """Return the first sign shown, else the first that could be looked at."""
+        seen: Reading | None = None
+        for sign in self._signs:
+            value = values.get(sign.metric)
+            if value is None:
+                continue
+            limit = sign.at_least if sign.at_most is None else sign.at_most
+            if sign.shown_by(value):
+                return Reading(1, 1, sign.metric, value, limit)
+            seen = seen or Reading(0, 0, sign.metric, value, limit)
+        assert seen is not None, "findings calls read only where a needed metric is there"
+        return seen

@@ -1,0 +1,43 @@
+"""Near: one value that stays at a number it should not stay at, or should."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from grpo_watchdog.detectors.detector import Memoryless, Reading
+from grpo_watchdog.rule import MetricName, Number, SingleRule, known_metric
+
+
+class NearRule(SingleRule):
+    """Holds while a metric lies within a distance of a number.
+
+    Attributes:
+        metric: which.
+        value: the number.
+        within: the distance, itself included.
+    """
+
+    kind: Literal["near"]
+    metric: MetricName
+    value: Number = 0.0
+    within: Annotated[Number, Field(ge=0)]
+
+    _check_metric = field_validator("metric")(known_metric)
+
+
+class NearDetector(Memoryless):
+    """Holds a value against a number."""
+
+    def __init__(self, rule: NearRule) -> None:
+        """Keep the number."""
+        self._rule = rule
+        self.needs = (rule.metric,)
+
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
+        """Return whether the value is near."""
+        value = values[self._rule.metric]
+        near = int(abs(value - self._rule.value) <= self._rule.within)
+        return Reading(near, near, self._rule.metric, value, self._rule.value)

@@ -1,0 +1,47 @@
+"""Nonfinite: NaN or infinity in any of several metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from grpo_watchdog.detectors.detector import Memoryless, Reading
+from grpo_watchdog.rule import MetricName, SingleRule, known_metric
+
+
+class NonfiniteRule(SingleRule):
+    """Holds while any of the metrics is NaN or infinite.
+
+    Attributes:
+        metrics: which are looked at.
+    """
+
+    kind: Literal["nonfinite"]
+    metrics: Annotated[list[MetricName], Field(min_length=1)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, names: list[str]) -> list[str]:
+        return [known_metric(name) for name in names]
+
+
+class NonfiniteDetector(Memoryless):
+    """Looks for NaN and infinity; one sum over all values where there is none."""
+
+    needs_all = False
+
+    def __init__(self, rule: NonfiniteRule) -> None:
+        """Keep the names."""
+        self.needs = tuple(rule.metrics)
+
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
+        """Return the first value that is not finite, in the order of the rule."""
+        if not math.isfinite(sum(values.values())):
+            for name in self.needs:
+                value = values.get(name, 0.0)
+                if not math.isfinite(value):
+                    return Reading(1, 1, name, value, None)
+        return Reading(0, 0, self.needs[0], 0.0, None)

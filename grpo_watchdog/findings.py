@@ -1,0 +1,251 @@
+"""Findings: a rule goes inactive -> pending -> firing, and says when it is blind.
+
+A level fires after `for` consecutive observations and is left after `keep_firing_for` consecutive ones
+below it (with hysteresis, where the rule has it). A missing metric neither starts nor ends anything: absent is
+not healthy. A rule whose cause fires at the same severity or above is that cause's symptom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from grpo_watchdog.detectors import Reading, detector
+from grpo_watchdog.metrics import Step
+from grpo_watchdog.rule import RANK, Rule
+from grpo_watchdog.rulebook import Rulebook
+
+_MISSING_FOR = 10  # observations without a metric after which its rule counts as blind again
+_FROZEN_EVERY, _FROZEN_TIMES = 10, 10  # looked at every 10, equal 10 times: frozen over 100 observations
+
+
+class Finding(NamedTuple):
+    """One rule that fires.
+
+    Attributes:
+        rule: the rule's id.
+        severity: notice, warning or critical.
+        rank: which of the rule's levels, 1 the mildest.
+        since: the step at which it began to hold.
+        step: the step at which it last held.
+        metric: the metric that decided.
+        value: its value when last seen.
+        worst: the value furthest out since it began.
+        limit: the limit that it was held against.
+        note: what the numbers do not say.
+        inhibited_by: the firing rule that explains this one, or "".
+    """
+
+    rule: str
+    severity: str
+    rank: int
+    since: int
+    step: int
+    metric: str
+    value: float
+    worst: float
+    limit: float | None
+    note: str = ""
+    inhibited_by: str = ""
+
+
+class Blind(NamedTuple):
+    """One rule that cannot see."""
+
+    rule: str
+    missing: tuple[str, ...]
+    reason: str
+
+
+class Watch:
+    """The state of one rule."""
+
+    __slots__ = (
+        "active",
+        "below",
+        "detector",
+        "finding",
+        "held",
+        "loud",
+        "missing",
+        "over",
+        "rule",
+        "rule_id",
+        "seen",
+        "since",
+    )
+
+    def __init__(self, rule_id: str, rule: Rule) -> None:
+        """Start inactive."""
+        self.rule_id, self.rule = rule_id, rule
+        self.detector = detector(rule)
+        levels = len(rule.ladder)
+        self.over = [0] * levels  # consecutive observations at or above each level
+        self.below = [0] * levels  # consecutive observations below it
+        self.held = 0  # the level that fires
+        self.active = False  # pending or firing
+        self.loud = False  # firing above a notice
+        self.since: int | None = None
+        self.finding: Finding | None = None
+        self.missing = 0  # consecutive observations without what it needs
+        self.seen = False
+
+    def update(self, values: Mapping[str, float], step: int) -> bool:
+        """Look at one step; return whether the finding changed in rank."""
+        present = [name in values for name in self.detector.needs]
+        able = all(present) if self.detector.needs_all else any(present)
+        reading = self.detector.read(values, firing=self.held > 0) if able else None
+        if reading is None:
+            self.missing += 1
+            return False
+        self.seen, self.missing = True, 0
+        if not reading.rank and not self.active:
+            return False
+        return self._advance(reading, step)
+
+    def _advance(self, reading: Reading, step: int) -> bool:
+        before, rule = self.held, self.rule
+        for level in range(len(self.over)):
+            self.over[level] = self.over[level] + 1 if reading.rank > level else 0
+            self.below[level] = self.below[level] + 1 if reading.sticky <= level else 0
+            if self.over[level] >= rule.for_:
+                self.held = max(self.held, level + 1)
+        while self.held and self.below[self.held - 1] >= rule.keep_firing_for:
+            self.held -= 1
+        if reading.rank and self.since is None:
+            self.since = step
+        self.active = self.held > 0 or reading.rank > 0
+        if not self.active:
+            self.since = None
+        self.finding = self._finding(reading, step) if self.held else None
+        self.loud = self.finding is not None and self.finding.severity != "notice"
+        return self.held != before
+
+    def _finding(self, reading: Reading, step: int) -> Finding:
+        old, severity = self.finding, self.rule.ladder[self.held - 1].severity
+        since = step if self.since is None else self.since
+        if not reading.rank and old is not None:  # still firing, on its way out
+            return old._replace(rank=self.held, severity=severity, value=reading.value)
+        worst = reading.value
+        if old is not None and not abs(worst) > abs(old.worst) and worst == worst:  # noqa: PLR0124 - NaN is worst
+            worst = old.worst
+        return Finding(self.rule_id, severity, self.held, since, step, reading.metric, reading.value, worst,
+                       reading.limit, reading.note)  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON-able values."""
+        return {
+            "over": list(self.over), "below": list(self.below), "held": self.held, "active": self.active,
+            "since": self.since, "finding": None if self.finding is None else list(self.finding),
+            "missing": self.missing, "seen": self.seen, "detector": self.detector.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.over, self.below, self.held = list(state["over"]), list(state["below"]), state["held"]
+        self.active, self.since = state["active"], state["since"]
+        self.missing, self.seen = state["missing"], state["seen"]
+        self.finding = None if state["finding"] is None else Finding(*state["finding"])
+        self.loud = self.finding is not None and self.finding.severity != "notice"
+        self.detector.load_state_dict(state["detector"])
+
+
+class Findings:
+    """All rules of a rulebook, evaluated step by step.
+
+    Args:
+        book: the rulebook. The order of its rules in the file does not matter.
+    """
+
+    def __init__(self, book: Rulebook) -> None:
+        """Start with every rule inactive."""
+        self._watches = [Watch(rule_id, rule) for rule_id, rule in sorted(book.rules.items())]
+        self._quick = [(w, *w.detector.quiet) for w in self._watches if w.detector.quiet is not None]
+        self._full = [w for w in self._watches if w.detector.quiet is None]
+        self._observations = 0
+        self._sampled: dict[str, float] = {}
+        self._unchanged: dict[str, int] = {}
+        self.firing: tuple[Finding, ...] = ()
+
+    def detect(self, step: Step) -> tuple[Finding, ...]:
+        """Return what fires after this step, worst first; symptoms carry the rule that explains them.
+
+        Notices are brought up to date when anything starts, ends or changes in rank, not on every step.
+        """
+        values, number, dirty = step.values, step.number, False
+        get = values.get
+        for watch, metric, low, high in self._quick:
+            if watch.active or not low <= get(metric, _NAN) <= high:
+                dirty |= watch.update(values, number) or watch.loud
+            elif not watch.seen or watch.missing:
+                watch.seen, watch.missing = True, 0
+        for watch in self._full:
+            dirty |= watch.update(values, number) or watch.loud
+        if dirty:
+            self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
+        self._observations += 1
+        if self._observations % _FROZEN_EVERY == 0:
+            self._look_for_frozen(values)
+        return self.firing
+
+    def blind(self) -> tuple[Blind, ...]:
+        """Return the rules that cannot see, and why."""
+        found = []
+        for watch in self._watches:
+            needs = watch.detector.needs
+            if not watch.seen or watch.missing >= _MISSING_FOR:
+                seen = [name for name in needs if name in self._sampled]
+                missing = tuple(name for name in needs if name not in seen)
+                what = "never given" if not watch.seen else f"not given for {watch.missing} observations"
+                if not missing:
+                    what = "given, but nothing can be inferred from the values"
+                found.append(Blind(watch.rule_id, missing, what))
+                continue
+            frozen = [n for n in needs if self._unchanged.get(n, 0) >= _FROZEN_TIMES]
+            if frozen and (watch.detector.needs_all or len(frozen) == len(needs)) and not watch.held:
+                shown = ", ".join(f"{n} = {self._sampled[n]:g}" for n in frozen)
+                reason = f"frozen: {shown} has not changed by a bit in {_FROZEN_EVERY * _FROZEN_TIMES} observations"
+                found.append(Blind(watch.rule_id, tuple(frozen), reason))
+        return tuple(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every rule as JSON-able values."""
+        return {
+            "watches": {w.rule_id: w.state_dict() for w in self._watches},
+            "observations": self._observations,
+            "sampled": dict(self._sampled),
+            "unchanged": dict(self._unchanged),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned; rules that it does not know keep theirs."""
+        for watch in self._watches:
+            if watch.rule_id in state["watches"]:
+                watch.load_state_dict(state["watches"][watch.rule_id])
+        self._observations = state["observations"]
+        self._sampled, self._unchanged = dict(state["sampled"]), dict(state["unchanged"])
+        self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
+
+    def _explained(self, found: list[Finding]) -> tuple[Finding, ...]:
+        """Mark symptoms: a cause explains what it inhibits, unless that is more severe than itself."""
+        rules = {w.rule_id: w.rule for w in self._watches}
+        severity = {f.rule: RANK[f.severity] for f in found}
+        marked = []
+        for finding in found:
+            causes = [
+                f.rule for f in found
+                if finding.rule in rules[f.rule].inhibits and severity[f.rule] >= severity[finding.rule]
+            ]  # fmt: skip
+            causes.sort(key=lambda rule: (-severity[rule], rule))
+            marked.append(finding._replace(inhibited_by=causes[0] if causes else ""))
+        marked.sort(key=lambda f: (-RANK[f.severity], f.since, f.rule))
+        return tuple(marked)
+
+    def _look_for_frozen(self, values: Mapping[str, float]) -> None:
+        sampled, unchanged = self._sampled, self._unchanged
+        for name, value in values.items():
+            unchanged[name] = unchanged.get(name, 0) + 1 if sampled.get(name) == value else 0
+            sampled[name] = value
+
+
+_NAN = float("nan")

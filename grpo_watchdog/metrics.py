@@ -1,0 +1,232 @@
+"""The table of canonical metrics, and the intake that turns what a trainer emits into a Step.
+
+A metric is a quantity, a pair and a reduction: KL to the *reference*, to the *old* (behaviour) policy and
+to the *sampler* are three different things, and a sum over a trajectory, a mean per token and a maximum
+are three different units. The table carries all of it, a rule names the one that it means.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+RatioTo = Literal["reference", "old"]
+
+
+class Metric(NamedTuple):
+    """What one name means.
+
+    Attributes:
+        name: the canonical name, as rules and trainers use it.
+        unit: "nats", "fraction", "reward" ...; "1" for a pure number.
+        pair: the two policies that it compares, or "" where it compares none.
+        reduction: over what it was reduced, and how.
+        formula: how it is computed.
+        normal: the documented normal range, or None where none is documented.
+        source: "document" (the user's notes on the incident) or the field's usual definition.
+    """
+
+    name: str
+    unit: str
+    pair: str
+    reduction: str
+    formula: str
+    normal: tuple[float, float] | None = None
+    source: str = "field"
+
+
+_DOCUMENT = "document"
+_REF, _OLD = "current/reference", "current/old"
+_SEQ, _BATCH, _STEP = "mean over batch of trajectory sums", "mean over batch", "one per step"
+
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("loss", "1", "", _STEP, "-(policy_loss - kl_coef * kl_penalty)", (-10, 10), _DOCUMENT),
+        Metric("policy_loss", "1", "", _BATCH, "mean(min(ratio * A, clipped_ratio * A))",
+               (-1, 1), _DOCUMENT),
+        Metric("kl_penalty", "nats", _REF, _SEQ, "k1: log_prob_current - log_prob_ref",
+               (-1, 1), _DOCUMENT),
+        Metric("mean_ratio", "1", "current/as in the surrogate", _BATCH, "mean(exp(log_ratio))",
+               (0.5, 2), _DOCUMENT),
+        Metric("mean_advantage", "1", "", _BATCH, "mean((r - mean(r_group)) / (std(r_group) + eps))",
+               (-1, 1), _DOCUMENT),
+        Metric("mean_log_prob_current", "nats", "", _SEQ, "log p_current(trajectory)",
+               (-1e6, 1e6), _DOCUMENT),
+        Metric("mean_log_prob_ref", "nats", "", _SEQ, "log p_reference(trajectory)",
+               (-1e6, 1e6), _DOCUMENT),
+        Metric("mean_reward", "reward", "", _BATCH, "mean(r)", (0, 1), _DOCUMENT),
+        Metric("std_reward", "reward", "", _BATCH, "std(r)", (0, 0.5), _DOCUMENT),
+        Metric("log_ratio", "nats", "current/as in the surrogate", "mean, as exponentiated",
+               "log-prob difference that the trainer exponentiates into its ratio", None, _DOCUMENT),
+        Metric("log_prob_per_dim", "nats", "", "mean per dimension or token", "mean_log_prob_current / dims"),
+        Metric("max_abs_log_ratio", "nats", "current/as in the surrogate", "max", "max |log_ratio|"),
+        Metric("max_ratio", "1", "current/as in the surrogate", "max", "max exp(log_ratio)"),
+        Metric("min_ratio", "1", "current/as in the surrogate", "min", "min exp(log_ratio)"),
+        Metric("ess", "fraction", _OLD, "over batch", "(sum w)^2 / (n sum w^2), w = exp(log_ratio)"),
+        Metric("step_kl", "nats", _OLD, "mean", "k3: exp(-d) - 1 + d, d = log_ratio to old"),
+        Metric("kl", "nats", _REF, "as the source states", "estimator as the source states"),
+        Metric("kl_coef", "1", "", _STEP, "beta, the weight of the KL term in the loss"),
+        Metric("clip_epsilon", "1", "", _STEP, "half-width of the surrogate's clip range"),
+        Metric("clip_fraction", "fraction", "", _BATCH, "share of ratios outside the clip range"),
+        Metric("std_advantage", "1", "", _BATCH, "std(A)"),
+        Metric("mean_abs_advantage", "1", "", _BATCH, "mean |A|"),
+        Metric("group_std_reward", "reward", "", "mean over groups", "mean(std(r_group))"),
+        Metric("zero_std_fraction", "fraction", "", "over groups", "share of groups of equal rewards"),
+        Metric("entropy", "nats", "", "mean per token", "-E[log p]"),
+        Metric("grad_norm", "1", "", _STEP, "global L2 norm of the gradient, before clipping"),
+        Metric("grad_norm_limit", "1", "", _STEP, "the norm that gradients are clipped to"),
+        Metric("learning_rate", "1", "", _STEP, "largest over the parameter groups, as applied"),
+        Metric("completion_length", "tokens", "", _BATCH, "mean number of generated tokens"),
+        Metric("truncated_fraction", "fraction", "", _BATCH, "share of completions cut at the limit"),
+        Metric("sampler_mismatch", "nats", "trainer/sampler", "mean", "|log p_train - log p_sampler|"),
+        Metric("param_change", "fraction", "", "over trainable parameters", "|dw| / |w| in one step"),
+        Metric("param_drift", "fraction", "", "over trainable parameters", "|w - w_ref| / |w_ref|"),
+    )
+}  # fmt: skip
+
+
+class Step(NamedTuple):
+    """One observation: a step number and the canonical metrics that were given, as finite or non-finite floats."""
+
+    number: int
+    values: dict[str, float]
+
+
+class Intake:
+    """Turns whatever a trainer emits into a Step, and says once what it could not use.
+
+    Accepts floats, ints, numpy scalars, 0-d tensors of any device and dtype (one host transfer for all of
+    a device), None and absent values. Never raises.
+
+    Args:
+        ratio_to: which policy the trainer's surrogate ratio is taken to. With "reference" (the document's
+            trainer) a missing `log_ratio` is derived as mean_log_prob_current - mean_log_prob_ref.
+        dims: dimensions or tokens that a trajectory's log-prob is summed over, where known; the
+            log-prob is then also given per dimension.
+    """
+
+    def __init__(self, ratio_to: RatioTo = "reference", dims: int | None = None) -> None:
+        """Start with nothing said."""
+        self.ratio_to, self.dims = ratio_to, dims
+        self._said: set[str] = set()
+        self._last: int | None = None
+
+    def read(self, step: object, metrics: object) -> tuple[Step, list[str]]:
+        """Return the Step and what has to be said about it for the first time."""
+        notices: list[str] = []
+
+        def say(key: str, text: str) -> None:
+            if key not in self._said:
+                self._said.add(key)
+                notices.append(text)
+
+        number = self._number(step, say)
+        values: dict[str, float] = {}
+        tensors: dict[str, Any] = {}
+        for name, value in _items(metrics, say):
+            if name not in METRICS:
+                say(f"name:{name!r}", _unknown(name))
+            elif type(value) is float:
+                values[name] = value
+            elif value is not None:
+                _convert(name, value, values, tensors, say)
+        if tensors:
+            _transfer(tensors, values, say)
+        if self.ratio_to == "reference" and "log_ratio" not in values:
+            current, ref = values.get("mean_log_prob_current"), values.get("mean_log_prob_ref")
+            if current is not None and ref is not None:
+                values["log_ratio"] = current - ref
+        if self.dims is not None and "mean_log_prob_current" in values:
+            values["log_prob_per_dim"] = values["mean_log_prob_current"] / self.dims
+        return Step(number, values), notices
+
+    def rewind(self, step: int) -> None:
+        """Allow the next step number to be as early as `step` + 1, as after a rollback."""
+        self._last = step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was said and the last step, as JSON-able values."""
+        return {"said": sorted(self._said), "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._said, self._last = set(state["said"]), state["last"]
+
+    def _number(self, step: object, say: Callable[[str, str], None]) -> int:
+        last = self._last
+        if type(step) is int:
+            number = step
+        else:
+            try:
+                number = operator.index(step)  # type: ignore[arg-type]
+            except Exception:  # noqa: BLE001 - whatever a stranger's object raises, the run goes on
+                number = 0 if last is None else last + 1
+                say("step:type", f"step {step!r} is not a whole number: counted on as {number}")
+        if last is not None and number <= last:
+            if number == last:
+                say("step:twice", f"step {number} was given twice: each row counts as one observation")
+            else:
+                say("step:back", f"step went back from {last} to {number} without a rollback")
+        self._last = number
+        return number
+
+
+def _items(metrics: object, say: Callable[[str, str], None]) -> list[tuple[str, object]]:
+    try:
+        return list(metrics.items())  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001
+        say("metrics:type", f"metrics must be a dict of numbers, not {type(metrics).__name__}: nothing seen")
+        return []
+
+
+def _unknown(name: object) -> str:
+    near = difflib.get_close_matches(str(name), METRICS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"metric {name!r} is not in the table of canonical metrics and is not watched{hint}"
+
+
+def _convert(
+    name: str,
+    value: Any,  # noqa: ANN401
+    values: dict[str, float],
+    tensors: dict[str, Any],
+    say: Callable[[str, str], None],
+) -> None:
+    """File one value that is no plain float: a number at once, a tensor for the common transfer."""
+    try:
+        if isinstance(value, str | bytes):
+            say(f"value:{name}", f"metric {name} is text ({value[:40]!r}), not a number: not watched")
+        elif hasattr(value, "numel") and hasattr(value, "detach"):
+            if value.numel() == 1 and not value.is_complex():
+                tensors[name] = value
+            else:
+                say(f"value:{name}", f"metric {name} is a tensor of shape {tuple(value.shape)} and type "
+                    f"{value.dtype}, not one real number: reduce it before observe; not watched")  # fmt: skip
+        elif getattr(value, "size", 1) != 1:
+            say(f"value:{name}", f"metric {name} is an array of {value.size}: reduce it before observe")
+        else:
+            values[name] = float(value.item() if hasattr(value, "item") else value)
+    except OverflowError:
+        values[name] = math.copysign(math.inf, value)
+    except Exception:  # noqa: BLE001
+        say(f"value:{name}", f"metric {name} is a {type(value).__name__}, not a number: not watched")
+
+
+def _transfer(tensors: Mapping[str, Any], values: dict[str, float], say: Callable[[str, str], None]) -> None:
+    """Bring all tensors to the host: one stack and one transfer a device, whatever their dtypes."""
+    torch = sys.modules["torch"]
+    by_device: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(str(tensor.device), []).append(name)
+    for device, names in by_device.items():
+        wide = torch.float32 if device.startswith("mps") else torch.float64  # MPS knows no float64
+        try:
+            flat = [tensors[name].detach().reshape(()).to(wide) for name in names]
+            values.update(zip(names, torch.stack(flat).tolist(), strict=True))
+        except Exception as error:  # noqa: BLE001
+            say(f"device:{device}", f"metrics {', '.join(names)} on {device} cannot be read: {error}")
