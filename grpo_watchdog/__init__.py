@@ -14,11 +14,13 @@ from grpo_watchdog.errors import (
 )
 from grpo_watchdog.findings import Finding
 from grpo_watchdog.metrics import METRICS, Metric, Step
+from grpo_watchdog.replay import replay
+from grpo_watchdog.reports import Run, read_run, report
 from grpo_watchdog.rulebook import Policy, Rulebook, load
-from grpo_watchdog.watchdog import Verdict, Watchdog
+from grpo_watchdog.verdict import Verdict
+from grpo_watchdog.watchdog import Watchdog
 
 __all__ = [
-    "METRICS",
     "Check",
     "CheckpointError",
     "ConfigurationError",
@@ -29,11 +31,13 @@ __all__ = [
     "Incident",
     "JournalError",
     "Knob",
+    "METRICS",
     "Metric",
     "Outcome",
     "Policy",
     "Rulebook",
     "RulebookError",
+    "Run",
     "Step",
     "Verdict",
     "Watchdog",
@@ -42,4 +46,7 @@ __all__ = [
     "attr",
     "item",
     "load",
+    "read_run",
+    "replay",
+    "report",
 ]

@@ -12,7 +12,7 @@ from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watchdog import Watchdog
 
 
-def attach(
+def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand over
     *,
     model: Any,  # noqa: ANN401 - torch is not imported before it is needed
     optimizer: Any,  # noqa: ANN401

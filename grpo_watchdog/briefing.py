@@ -1,11 +1,10 @@
-"""Briefing: what is said at attach, before anything happens: what each level will do to this run, and what cannot be done."""
+"""Briefing: what is said at attach: what each level will do to this run, and what cannot be done."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from grpo_watchdog.actions import KNOB_ACTIONS, Outcome
-from grpo_watchdog.controls import Knob
 from grpo_watchdog.rulebook import Rulebook
 
 _FAR = 3.0  # a base this many times off the document's makes absolute targets worth a word
@@ -18,37 +17,25 @@ _INSTEAD = {
 }
 
 
-def at_attach(
-    book: Rulebook, bases: Mapping[str, float], knobs: Mapping[str, Knob], *, restorable: bool, dims: int | None = None
-) -> list[str]:
-    """Return the sentences that are logged at attach and stand in the journal and the report."""
+def at_attach(book: Rulebook, bases: Mapping[str, float], *, restorable: bool, dims: int | None = None) -> list[str]:
+    """Return the sentences that are logged at attach and stand in the journal and the report.
+
+    Args:
+        book: the rulebook, its policy included.
+        bases: what each knob is set to; a knob that is not there cannot be turned.
+        restorable: whether checkpoints can be taken and restored.
+        dims: dimensions that a log-prob is summed over, where known.
+    """
     policy = book.policy
-    lines = [f"rulebook {book.name}, targets {policy.targets}, on divergence {policy.on_divergence}"]
-    wanted: set[str] = set()
-    for rule_id, rule in book.rules.items():
-        for rank, level in enumerate(rule.ladder, start=1):
-            wanted.update(level.do)
-            doses = [_dose(book, name, float(value), bases) for name, value in level.do.items()]
-            if doses:
-                lines.append(f"{rule_id}, level {rank} ({level.severity}): {', '.join(doses)}")
-    for name, action in KNOB_ACTIONS.items():
-        if name in wanted and action.knob not in knobs:
-            lines.append(f"no {action.knob} knob was handed over: {name} cannot be given; {_INSTEAD[name]}")
-    if "rollback" in wanted and not restorable:
-        lines.append("nothing to restore from (no model and run_dir): a rollback is a halt")
-    elif "rollback" in wanted and not policy.checkpoint_every:
-        lines.append(
-            "checkpoint_every is 0: only checkpoints asked for with dog.checkpoint(step) can be rolled back to"
-        )
-    if dims is not None and dims >= _MANY:
-        lines.append(
-            f"a log-prob here is a sum over {dims:,} dimensions, and the bands are in nats of that sum: 5 nats are "
-            f"{5 / dims:.1g} a dimension; consider normalising the log-prob, or bands of your own"
-        )
-    if policy.targets == "absolute":
-        lines += [_far(name, base, getattr(book.base, name)) for name, base in bases.items()
-                  if base > 0 and not 1 / _FAR <= base / getattr(book.base, name) <= _FAR and name != "grad_norm_limit"]  # fmt: skip
-    return lines
+    wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
+    return [
+        f"rulebook {book.name}, targets {policy.targets}, on divergence {policy.on_divergence}",
+        *_levels(book, bases),
+        *_missing(wanted, bases),
+        *_no_way_back(wanted, restorable=restorable, checkpoint_every=policy.checkpoint_every),
+        *_units(dims),
+        *(_far_off(book, bases) if policy.targets == "absolute" else []),
+    ]
 
 
 def sentence(outcome: Outcome) -> str:
@@ -58,6 +45,16 @@ def sentence(outcome: Outcome) -> str:
         change = f" {_number(outcome.before)} -> {_number(outcome.after)}"
     failed = "" if outcome.ok else f" FAILED ({outcome.detail})"
     return f"step {outcome.step}: {outcome.action}{change}{failed} [{outcome.rule}: {outcome.reason}]"
+
+
+def _levels(book: Rulebook, bases: Mapping[str, float]) -> list[str]:
+    lines = []
+    for rule_id, rule in book.rules.items():
+        for rank, level in enumerate(rule.ladder, start=1):
+            doses = [_dose(book, name, float(value), bases) for name, value in level.do.items()]
+            if doses:
+                lines.append(f"{rule_id}, level {rank} ({level.severity}): {', '.join(doses)}")
+    return lines
 
 
 def _dose(book: Rulebook, name: str, target: float, bases: Mapping[str, float]) -> str:
@@ -72,9 +69,44 @@ def _dose(book: Rulebook, name: str, target: float, bases: Mapping[str, float]) 
     return f"{action.knob} {base:g} {'stays' if kept else f'to {limit:g}'}"
 
 
-def _far(name: str, base: float, documented: float) -> str:
-    return (f"{name} is {base:g}, the document's {documented:g}: absolute targets were made for the latter; "
-            "targets='scaled' takes the same steps as factors")  # fmt: skip
+def _missing(wanted: set[str], bases: Mapping[str, float]) -> list[str]:
+    return [
+        f"no {action.knob} knob was handed over: {name} cannot be given; {_INSTEAD[name]}"
+        for name, action in KNOB_ACTIONS.items()
+        if name in wanted and action.knob not in bases
+    ]
+
+
+def _no_way_back(wanted: set[str], *, restorable: bool, checkpoint_every: int) -> list[str]:
+    if "rollback" not in wanted:
+        return []
+    if not restorable:
+        return ["nothing to restore from (no run_dir, or no model and optimizer): a rollback is a halt"]
+    if not checkpoint_every:
+        return ["checkpoint_every is 0: only checkpoints that the loop asks for (dog.checkpoint) can be rolled back to"]
+    return []
+
+
+def _units(dims: int | None) -> list[str]:
+    if dims is None or dims < _MANY:
+        return []
+    line = (
+        f"a log-prob here is a sum over {dims:,} dimensions and the bands are in nats of that sum: 5 nats are "
+        f"{5 / dims:.1g} a dimension; consider normalising the log-prob, or a rulebook with bands of its own"
+    )
+    return [line]
+
+
+def _far_off(book: Rulebook, bases: Mapping[str, float]) -> list[str]:
+    lines = []
+    for name in ("learning_rate", "kl_coef", "clip_epsilon"):
+        documented, base = getattr(book.base, name), bases.get(name, 0.0)
+        if base > 0 and not 1 / _FAR <= base / documented <= _FAR:
+            lines.append(
+                f"{name} is {base:g}, the document's {documented:g}: absolute targets were made for the latter; "
+                "targets='scaled' takes the same steps as factors"
+            )
+    return lines
 
 
 def _number(value: float | None) -> str:

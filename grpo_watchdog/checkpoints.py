@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from grpo_watchdog.errors import CheckpointError, DamagedError
 
 _MANIFEST, _PROVEN, _MEMORY = "manifest.json", "proven", "watchdog.json"
 _SCHEMA = 1
+_ID = re.compile(r"ckpt-(\d+)-step--?\d+")
+_log = logging.getLogger("grpo_watchdog")
 
 
 class Checkpoint(NamedTuple):
@@ -108,6 +112,7 @@ class Vault:
         """Remember where; touch nothing."""
         self.folder = folder
         self._count = 0
+        self._saved: set[str] = set()  # by this vault
 
     def save(self, step: int, write: Callable[[Path], None], memory: Mapping[str, Any]) -> str:
         """Write one checkpoint and return its id.
@@ -135,13 +140,14 @@ class Vault:
             _sync(temporary)
             checkpoint_id = self._next_id(step)
             temporary.rename(self.folder / checkpoint_id)
+            self._saved.add(checkpoint_id)
             _sync(self.folder)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"checkpoint of step {step} not written: {error}") from error
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            told = str(error) if isinstance(error, CheckpointError | OSError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"checkpoint of step {step} not written: {told}") from error
         return checkpoint_id
 
     def verify(self, checkpoint_id: str) -> Path:
@@ -169,32 +175,50 @@ class Vault:
         _sync(mark.parent)
 
     def delete(self, checkpoint_id: str) -> None:
-        """Delete a checkpoint; one that is gone already is no trouble."""
-        shutil.rmtree(self.folder / checkpoint_id, ignore_errors=True)
+        """Delete a checkpoint, all of it or (a process killed meanwhile) none that could be taken for one."""
+        doomed = self.folder / f".deleting-{checkpoint_id}"
+        try:
+            (self.folder / checkpoint_id).rename(doomed)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.warning("checkpoint %s cannot be deleted: %s", checkpoint_id, error)
+            return
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def proven(self) -> list[Checkpoint]:
         """Return the checkpoints on disk that are stamped and whole, oldest first; what a resumed run may trust."""
         found = []
-        for folder in sorted(self.folder.glob("ckpt-*")):
-            if (folder / _PROVEN).exists():
+        for checkpoint_id in self._ids():
+            if (self.folder / checkpoint_id / _PROVEN).exists():
                 try:
-                    self.verify(folder.name)
+                    folder = self.verify(checkpoint_id)
                     step = json.loads((folder / _MANIFEST).read_text())["step"]
                     memory = json.loads((folder / _MEMORY).read_text())
-                except (DamagedError, OSError, ValueError, KeyError):
+                except (DamagedError, OSError, ValueError, KeyError) as error:
+                    _log.warning("passed over: %s", error)
                     continue
-                found.append(Checkpoint(folder.name, step, 0, proven=True, memory=memory))
+                found.append(Checkpoint(checkpoint_id, step, 0, proven=True, memory=memory))
         return found
+
+    def _ids(self) -> list[str]:
+        """Return the checkpoints on disk, oldest first."""
+        return sorted(p.name for p in self.folder.glob("ckpt-*") if _ID.fullmatch(p.name))
 
     def _next_id(self, step: int) -> str:
         """Return a name that sorts after all others: steps may come again after a rollback."""
-        taken = [int(p.name.split("-")[1]) for p in self.folder.glob("ckpt-*-*")]
+        taken = [int(name.split("-")[1]) for name in self._ids()]
         self._count = max([self._count, *taken]) + 1
         return f"ckpt-{self._count:06d}-step-{step}"
 
     def _sweep(self) -> None:
-        """Remove what a killed process left half written."""
-        for left in self.folder.glob(".writing-*"):
+        """Remove what an earlier process left: half written, half deleted, or never proven."""
+        orphans = [
+            self.folder / name
+            for name in self._ids()
+            if name not in self._saved and not (self.folder / name / _PROVEN).exists()
+        ]
+        for left in (*self.folder.glob(".writing-*"), *self.folder.glob(".deleting-*"), *orphans):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -27,41 +27,45 @@ def attr(owner: object, name: str) -> Dial:
 
     Args:
         owner: the object that the training loop really reads (a copy of it turns nothing).
-        name: the attribute; a float, an int or a 0-d tensor (which is then filled in place).
+        name: the attribute; a float, an int or a 0-d tensor or array (which is then filled in place).
 
     Raises:
         ConfigurationError: `owner` has no such attribute.
     """
-    if not hasattr(owner, name):
-        raise ConfigurationError(f"{type(owner).__name__} has no attribute {name!r}")
-
-    def write(value: float) -> None:
-        now = getattr(owner, name)
-        if hasattr(now, "fill_"):
-            now.data.fill_(value)
-        else:
-            setattr(owner, name, value)
-
-    return Dial(lambda: float(getattr(owner, name)), write, f"{type(owner).__name__}.{name}")
+    try:
+        first = getattr(owner, name)
+    except Exception as error:
+        raise ConfigurationError(f"{type(owner).__name__} has no attribute {name!r} to read: {error}") from error
+    return _place(
+        lambda: getattr(owner, name), lambda value: setattr(owner, name, value), first, f"{type(owner).__name__}.{name}"
+    )
 
 
 def item(owner: MutableMapping[str, Any], key: str) -> Dial:
-    """Return the dial for an item of a mapping that the trainer reads on every step.
-
-    Raises:
-        ConfigurationError: `owner` has no such key.
-    """
+    """Return the dial for an item of a mapping; a ConfigurationError where there is no such key."""
     if key not in owner:
         known = ", ".join(map(repr, owner)) or "nothing"
         raise ConfigurationError(f"no item {key!r}; there is {known}")
+    return _place(lambda: owner[key], lambda value: owner.__setitem__(key, value), owner[key], f"[{key!r}]")
+
+
+def _place(get: Callable[[], Any], put: Callable[[Any], None], first: Any, where: str) -> Dial:  # noqa: ANN401
+    """Return the dial for a place that holds a number, or a tensor or array that others hold too."""
 
     def write(value: float) -> None:
-        if hasattr(owner[key], "fill_"):
-            owner[key].data.fill_(value)
-        else:
-            owner[key] = value
+        now = get()
+        if hasattr(now, "fill_"):
+            if not now.is_floating_point():
+                raise TypeError(f"a tensor of type {now.dtype} holds no fractions")
+            now.data.fill_(value)
+        elif hasattr(now, "fill") and hasattr(now, "dtype"):
+            if now.dtype.kind not in "fV":
+                raise TypeError(f"an array of type {now.dtype} holds no fractions")
+            now.fill(value)
+        else:  # the user's own object where it is the user's own value: an int stays an int
+            put(first if isinstance(first, int | float) and value == first else value)
 
-    return Dial(lambda: float(owner[key]), write, f"[{key!r}]")
+    return Dial(lambda: float(get()), write, where)
 
 
 def dial(spec: Dial | tuple[Callable[[], float], Callable[[float], None]], name: str) -> Dial:
@@ -80,7 +84,8 @@ def dial(spec: Dial | tuple[Callable[[], float], Callable[[float], None]], name:
         )
     try:
         now = float(spec.read())
-        spec.write(now)
+        if math.isfinite(now):
+            spec.write(now)
     except Exception as error:
         raise ConfigurationError(f"{name} ({spec.where}) cannot be turned: {error}") from error
     if not math.isfinite(now):
@@ -115,24 +120,26 @@ class Knob(Protocol):
 
 
 class DialKnob:
-    """Holds what a dial turns: a floor (`safe=max`) or a ceiling (`safe=min`).
+    """Holds what a dial turns: a floor (`safe="max"`) or a ceiling (`safe="min"`).
 
-    When somebody else writes the value while it is held (an adaptive KL controller, say), theirs is kept as
-    the user's value for the release, and the limit is applied to it again.
+    What somebody else writes while it is held (an adaptive KL controller, say) is kept as the user's value
+    for the release, and the limit is applied to it again.
     """
 
     def __init__(self, spec: Dial, safe: Literal["min", "max"]) -> None:
         """Read the user's value once."""
         self.where = spec.where
         self._dial = spec
-        self._safe = min if safe == "min" else max
-        self._base = self._own = spec.read()
+        self._ceiling = safe == "min"
+        self._base = self._own = self.read()
         self._limit: float | None = None
-        self._wrote: float | None = None
+        self._wrote = math.nan
+        self._same_object = False  # whether reading gives the very object that was written
+        self._overwritten = 0
 
     def read(self) -> float:
         """Return the value in force."""
-        return self._dial.read()
+        return float(self._dial.read())
 
     def base(self) -> float:
         """Return the value at attach."""
@@ -140,41 +147,54 @@ class DialKnob:
 
     def hold(self, limit: float) -> None:
         """Apply the limit to the user's value and remember it."""
-        if self._limit is None:
-            self._own = self._dial.read()
-        self._limit = limit
-        self._apply()
+        now = self.read()
+        if self._limit is None or not self._untouched(now):
+            self._own = now
+        self._apply(limit)
 
     def release(self) -> None:
-        """Write the user's value back."""
+        """Write the user's value back, unless somebody has written another since."""
         if self._limit is not None:
-            now = self._dial.read()
-            self._limit = None
-            if now == self._wrote:
+            if self._untouched(self.read()):
                 self._dial.write(self._own)
+            self._limit, self._overwritten = None, 0
 
     def check(self) -> str | None:
-        """Re-apply the limit where somebody overwrote it, and say so."""
+        """Re-apply the limit where somebody overwrote it, and say so: the first time, the second, the fourth ..."""
         if self._limit is None:
             return None
-        now = self._dial.read()
-        if now == self._wrote:
+        now = self.read()
+        if self._untouched(now):
             return None
-        self._own, wrote = now, self._wrote
-        if self._safe(now, self._limit) == now:
-            self._wrote = now
+        wrote, self._own = self._wrote, now
+        self._apply(self._limit)
+        if self._wrote == now:  # theirs is on the safe side
             return None
-        self._apply()
-        return f"{self.where} was {wrote:g} and somebody set it to {now:g}: held at {self._wrote:g} again"
+        self._overwritten += 1
+        if self._overwritten & (self._overwritten - 1):
+            return None
+        times = "" if self._overwritten == 1 else f" (for the {self._overwritten}th time)"
+        return f"{self.where} was {wrote:g} and somebody set it to {now:g}: held at {self._wrote:g} again{times}"
 
-    def _apply(self) -> None:
-        assert self._limit is not None
-        self._dial.write(self._safe(self._own, self._limit))
-        self._wrote = self._dial.read()  # as stored: a float32 tensor rounds
+    def _apply(self, limit: float) -> None:
+        safe = self._own <= limit if self._ceiling else self._own >= limit  # NaN is on no safe side
+        self._dial.write(self._own if safe else limit * 1.0)  # a fresh object: see _untouched
+        self._wrote, self._limit = self.read(), limit  # as stored: a float32 tensor rounds
+        self._same_object = self._wrote is self.read()
+
+    def _untouched(self, now: float) -> bool:
+        """Return whether what is there is what was written, and not the same number written by somebody else."""
+        return now is self._wrote if self._same_object else now == self._wrote
 
 
 class Check(NamedTuple):
-    """One look at the state of the model: what was looked at, whether it passed (None: could not tell), and what was seen."""
+    """One look at the state of the model.
+
+    Attributes:
+        name: what was looked at.
+        passed: whether it is as it should be; None where that could not be told.
+        detail: what was seen.
+    """
 
     name: str
     passed: bool | None

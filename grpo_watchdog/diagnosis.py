@@ -1,7 +1,7 @@
 """Diagnosis: findings become incidents: one root, its symptoms under it, likely causes with the evidence.
 
-The causes are the rulebook's, in the document's order. Those with evidence for them come first, those with
-only evidence against them last; without evidence the order stays.
+The causes are the rulebook's, in the document's order. A failed look at the model comes first, then what other evidence
+speaks for, then what none speaks to, last what evidence speaks against; within each the order stays.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ class RankedCause(NamedTuple):
 
 
 class Incident(NamedTuple):
-    """One trouble with one root.
+    """One trouble with one root. It keeps its number when a deeper root takes over from what proved a symptom.
 
     Attributes:
         id: counts up over the run.
         rule: the root's rule.
-        severity: the worst that the root reached.
-        since: the step at which the root began to hold.
-        opened: the step at which it began to fire.
+        severity: the worst that it reached.
+        since: the step at which the first of it began to hold.
+        opened: the step at which the first of it began to fire.
         evidence: the root's finding first, then its symptoms'.
         causes: likely causes, the likeliest first.
         checks: what the look at the model found, when it was looked at.
+        rank: the highest level of the root's rule that it reached.
     """
 
     id: int
@@ -51,60 +52,82 @@ class Incident(NamedTuple):
     evidence: tuple[Finding, ...]
     causes: tuple[RankedCause, ...]
     checks: tuple[Check, ...] = ()
+    rank: int = 1
+
+
+Trouble = tuple[Finding, ...]
+"""A root's finding, followed by its symptoms'."""
 
 
 class Closed(NamedTuple):
-    """The end of an incident, and why it ended."""
+    """The end of an incident: it no longer holds, or it proved to be part of another (`into`)."""
 
     id: int
     rule: str
     step: int
-    why: str
+    into: int | None = None
 
 
 class Diagnosis:
-    """Keeps the open incidents."""
+    """Keeps the open incidents.
 
-    def __init__(self, book: Rulebook) -> None:
+    Args:
+        book: the rulebook.
+        bases: what each knob was set to at attach; with scaled targets, what counts as high or low is scaled too.
+    """
+
+    def __init__(self, book: Rulebook, bases: Mapping[str, float]) -> None:
         """Start with none."""
         self._book = book
         self._count = 0
+        scaled = book.policy.targets == "scaled"
+        self._scale = {n: base / getattr(book.base, n) for n, base in bases.items()} if scaled else {}
         self.open: dict[str, Incident] = {}
 
     def diagnose(
         self, findings: Sequence[Finding], values: Mapping[str, float], checks: Sequence[Check], step: int
     ) -> tuple[list[Incident], list[Closed]]:
-        """Bring the incidents up to date; return those that opened or grew worse, and those that ended."""
+        """Bring the incidents up to date; return those new, worse or of a deeper root, and those that ended."""
         parent = {f.rule: f.inhibited_by for f in findings}
-        roots = [f for f in findings if not f.inhibited_by and RANK[f.severity] >= RANK["warning"]]
-        symptoms: dict[str, list[Finding]] = {f.rule: [] for f in roots}
-        for finding in findings:
-            root = _root(finding.rule, parent)
-            if finding.inhibited_by and root in symptoms:
-                symptoms[root].append(finding)
-        closed = self._close(set(symptoms), parent, step)
-        news = []
-        for finding in roots:
-            old = self.open.get(finding.rule)
-            evidence = (finding, *symptoms[finding.rule])
-            if old is not None and RANK[finding.severity] <= RANK[old.severity]:
-                self.open[finding.rule] = old._replace(evidence=evidence)
+        now, news, closed = dict[str, Incident](), list[Incident](), list[Closed]()
+        for troubles, olds in self._clusters(_groups(findings, parent)):
+            evidence = tuple(finding for trouble in troubles for finding in trouble)
+            old, root = (olds[0] if olds else None), evidence[0]
+            closed += [Closed(other.id, other.rule, step, olds[0].id) for other in olds[1:]]
+            deeper = old is not None and root.rule == _root(old.rule, parent) != old.rule
+            if old is not None and not deeper and not _worse(root, old):
+                now[old.rule] = old._replace(evidence=evidence)
                 continue
-            self._count += old is None
-            number, opened = (self._count, step) if old is None else (old.id, old.opened)
-            causes = self._rank(finding.rule, findings, values, checks)
-            incident = Incident(
-                number, finding.rule, finding.severity, finding.since, opened, evidence, causes, tuple(checks)
-            )
-            self.open[finding.rule] = incident
-            news.append(incident)
+            incident = self._incident(evidence, old, step)
+            causes = self._rank(root.rule, findings, values, checks)
+            now[root.rule] = incident._replace(causes=causes, checks=tuple(checks))
+            news.append(now[root.rule])
+        kept = {incident.id for incident in now.values()} | {end.id for end in closed}
+        closed += [Closed(i.id, i.rule, step) for i in self.open.values() if i.id not in kept]
+        self.open = now
         return news, closed
 
-    def close_all(self, step: int, why: str) -> list[Closed]:
-        """End every incident, as after a rollback."""
-        closed = [Closed(i.id, i.rule, step, why) for i in self.open.values()]
-        self.open.clear()
-        return closed
+    def _clusters(self, troubles: list[Trouble]) -> list[tuple[list[Trouble], list[Incident]]]:
+        """Return what belongs together: an open incident goes on wherever its root, or anything it explained, fires."""
+        clusters: list[tuple[list[Trouble], list[Incident]]] = [([trouble], []) for trouble in troubles]
+        for incident in sorted(self.open.values(), key=lambda i: i.id):
+            known = {incident.rule, *(finding.rule for finding in incident.evidence)}
+            touched = [c for c in clusters if any(f.rule in known for trouble in c[0] for f in trouble)]
+            if touched:
+                merged = ([t for c in touched for t in c[0]], [*(i for c in touched for i in c[1]), incident])
+                clusters = [merged, *(c for c in clusters if c not in touched)]
+        for members, _ in clusters:
+            members.sort(key=troubles.index)
+        return clusters
+
+    def _incident(self, evidence: Trouble, old: Incident | None, step: int) -> Incident:
+        root = evidence[0]
+        if old is None:
+            self._count += 1
+            return Incident(self._count, root.rule, root.severity, root.since, step, evidence, (), (), root.rank)
+        worst = max(root.severity, old.severity, key=RANK.__getitem__)
+        since = min(old.since, root.since)
+        return old._replace(rule=root.rule, severity=worst, since=since, evidence=evidence, rank=root.rank)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the open incidents as JSON-able values."""
@@ -115,27 +138,37 @@ class Diagnosis:
         self._count = state["count"]
         self.open = {i.rule: i for i in map(_incident, state["open"])}
 
-    def _close(self, roots: set[str], parent: Mapping[str, str], step: int) -> list[Closed]:
-        closed = []
-        for rule in [rule for rule in self.open if rule not in roots]:
-            incident = self.open.pop(rule)
-            why = f"explained by {_root(rule, parent)}" if rule in parent else "no longer holds"
-            closed.append(Closed(incident.id, rule, step, why))
-        return closed
-
     def _rank(
         self, rule: str, findings: Sequence[Finding], values: Mapping[str, float], checks: Sequence[Check]
     ) -> tuple[RankedCause, ...]:
         firing = {f.rule for f in findings}
-        ranked = []
-        for cause in self._book.rules[rule].causes:
-            supported, contradicted = [], []
-            for evidence in self._book.causes[cause].evidence:
-                for holds, text in _weigh(evidence, firing, values, checks):
+        ranked: list[tuple[int, RankedCause]] = []
+        for name in self._book.rules[rule].causes:
+            supported, contradicted, proven = list[str](), list[str](), False
+            for evidence in self._book.causes[name].evidence:
+                for holds, text in _weigh(evidence, firing, values, checks, self._scale):
                     (supported if holds else contradicted).append(text)
-            ranked.append(RankedCause(cause, tuple(supported), tuple(contradicted)))
-        ranked.sort(key=lambda c: 0 if c.supported else 2 if c.contradicted else 1)
-        return tuple(ranked)
+                    proven |= holds and evidence.check is not None
+            strength = 0 if proven else 1 if supported else 3 if contradicted else 2
+            ranked.append((strength, RankedCause(name, tuple(supported), tuple(contradicted))))
+        ranked.sort(key=lambda pair: pair[0])
+        return tuple(cause for _, cause in ranked)
+
+
+def _worse(root: Finding, incident: Incident) -> bool:
+    if RANK[root.severity] != RANK[incident.severity]:
+        return RANK[root.severity] > RANK[incident.severity]
+    return root.rule == incident.rule and root.rank > incident.rank
+
+
+def _groups(findings: Sequence[Finding], parent: Mapping[str, str]) -> list[Trouble]:
+    """Return, for every root at a warning or above, its finding followed by its symptoms'; worst first."""
+    groups = {f.rule: [f] for f in findings if not f.inhibited_by and RANK[f.severity] >= RANK["warning"]}
+    for finding in findings:
+        root = _root(finding.rule, parent)
+        if finding.inhibited_by and root in groups:
+            groups[root].append(finding)
+    return [tuple(group) for group in groups.values()]
 
 
 def _root(rule: str, parent: Mapping[str, str]) -> str:
@@ -145,25 +178,34 @@ def _root(rule: str, parent: Mapping[str, str]) -> str:
 
 
 def _weigh(
-    evidence: Evidence, firing: set[str], values: Mapping[str, float], checks: Sequence[Check]
+    evidence: Evidence,
+    firing: set[str],
+    values: Mapping[str, float],
+    checks: Sequence[Check],
+    scale: Mapping[str, float],
 ) -> list[tuple[bool, str]]:
     """Return whether the evidence holds, with what was seen; nothing where it cannot be told."""
     if evidence.rule is not None:
         return [(True, f"{evidence.rule} fires")] if evidence.rule in firing else []
     if evidence.check is not None:
         return [(not c.passed, c.detail) for c in checks if c.name == evidence.check and c.passed is not None]
-    value = values.get(evidence.metric or "")
+    name = evidence.metric or ""
+    value = values.get(name)
     if value is None or value != value:  # noqa: PLR0124 - not-a-number speaks neither for nor against
         return []
+    factor = scale.get(name, 1.0)
     if evidence.above is not None:
-        holds, sign, limit = value > evidence.above, ">", evidence.above
+        limit, sign = evidence.above * factor, ">"
+        holds = value > limit
     else:
-        limit = evidence.below if evidence.below is not None else 0.0
-        holds, sign = value < limit, "<"
-    return [(holds, f"{evidence.metric} {value:.3g} {sign if holds else 'not ' + sign} {limit:.3g}")]
+        limit, sign = (evidence.below or 0.0) * factor, "<"
+        holds = value < limit
+    return [(holds, f"{name} {value:.3g} {sign if holds else 'not ' + sign} {limit:.3g}")]
 
 
 def _incident(row: Sequence[Any]) -> Incident:
     evidence = tuple(Finding(*f) for f in row[5])
     causes = tuple(RankedCause(c[0], tuple(c[1]), tuple(c[2])) for c in row[6])
-    return Incident(*row[:5], evidence, causes, tuple(Check(*c) for c in row[7]))
+    number, rule, severity, since, opened = row[:5]
+    checks = tuple(Check(*c) for c in row[7])
+    return Incident(number, rule, severity, since, opened, evidence, causes, checks, row[8])

@@ -66,8 +66,11 @@ class Watch:
         "detector",
         "finding",
         "held",
+        "ladder",
         "loud",
         "missing",
+        "needs",
+        "needs_all",
         "over",
         "rule",
         "rule_id",
@@ -79,7 +82,9 @@ class Watch:
         """Start inactive."""
         self.rule_id, self.rule = rule_id, rule
         self.detector = detector(rule)
-        levels = len(rule.ladder)
+        self.needs, self.needs_all = frozenset(self.detector.needs), self.detector.needs_all
+        self.ladder = rule.ladder
+        levels = len(self.ladder)
         self.over = [0] * levels  # consecutive observations at or above each level
         self.below = [0] * levels  # consecutive observations below it
         self.held = 0  # the level that fires
@@ -92,15 +97,17 @@ class Watch:
 
     def update(self, values: Mapping[str, float], step: int) -> bool:
         """Look at one step; return whether the finding changed in rank."""
-        present = [name in values for name in self.detector.needs]
-        able = all(present) if self.detector.needs_all else any(present)
+        able = self.needs <= values.keys() if self.needs_all else not self.needs.isdisjoint(values)
         reading = self.detector.read(values, firing=self.held > 0) if able else None
         if reading is None:
             self.missing += 1
             return False
         self.seen, self.missing = True, 0
-        if not reading.rank and not self.active:
+        rank = reading.rank
+        if not rank and not self.active:
             return False
+        if rank == self.held == reading.sticky and not self.loud and not any(self.below[:rank]):
+            return False  # a notice that simply goes on
         return self._advance(reading, step)
 
     def _advance(self, reading: Reading, step: int) -> bool:
@@ -122,7 +129,7 @@ class Watch:
         return self.held != before
 
     def _finding(self, reading: Reading, step: int) -> Finding:
-        old, severity = self.finding, self.rule.ladder[self.held - 1].severity
+        old, severity = self.finding, self.ladder[self.held - 1].severity
         since = step if self.since is None else self.since
         if not reading.rank and old is not None:  # still firing, on its way out
             return old._replace(rank=self.held, severity=severity, value=reading.value)
@@ -163,6 +170,7 @@ class Findings:
         self._quick = [(w, *w.detector.quiet) for w in self._watches if w.detector.quiet is not None]
         self._full = [w for w in self._watches if w.detector.quiet is None]
         self._observations = 0
+        self._last: Mapping[str, float] = {}
         self._sampled: dict[str, float] = {}
         self._unchanged: dict[str, int] = {}
         self.firing: tuple[Finding, ...] = ()
@@ -183,30 +191,35 @@ class Findings:
             dirty |= watch.update(values, number) or watch.loud
         if dirty:
             self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
+        self._last = values
         self._observations += 1
         if self._observations % _FROZEN_EVERY == 0:
             self._look_for_frozen(values)
         return self.firing
 
     def blind(self) -> tuple[Blind, ...]:
-        """Return the rules that cannot see, and why."""
-        found = []
-        for watch in self._watches:
-            needs = watch.detector.needs
-            if not watch.seen or watch.missing >= _MISSING_FOR:
-                seen = [name for name in needs if name in self._sampled]
-                missing = tuple(name for name in needs if name not in seen)
-                what = "never given" if not watch.seen else f"not given for {watch.missing} observations"
-                if not missing:
-                    what = "given, but nothing can be inferred from the values"
-                found.append(Blind(watch.rule_id, missing, what))
-                continue
-            frozen = [n for n in needs if self._unchanged.get(n, 0) >= _FROZEN_TIMES]
-            if frozen and (watch.detector.needs_all or len(frozen) == len(needs)) and not watch.held:
-                shown = ", ".join(f"{n} = {self._sampled[n]:g}" for n in frozen)
-                reason = f"frozen: {shown} has not changed by a bit in {_FROZEN_EVERY * _FROZEN_TIMES} observations"
-                found.append(Blind(watch.rule_id, tuple(frozen), reason))
-        return tuple(found)
+        """Return the rules that cannot see, and why: a metric is absent, frozen, or says nothing."""
+        found = [self._blindness(watch) for watch in self._watches]
+        return tuple(blind for blind in found if blind is not None)
+
+    def _blindness(self, watch: Watch) -> Blind | None:
+        needs = watch.detector.needs
+        missing = tuple(name for name in needs if name not in self._last)
+        absent = bool(missing) and (watch.detector.needs_all or len(missing) == len(needs))
+        if absent and not watch.seen:
+            return Blind(watch.rule_id, missing, "never given")
+        if absent and watch.missing >= _MISSING_FOR:
+            return Blind(watch.rule_id, missing, f"not given for {watch.missing} observations")
+        if watch.missing >= _MISSING_FOR:
+            return Blind(watch.rule_id, (), "given, but nothing can be inferred from the values")
+        frozen = tuple(name for name in needs if self._unchanged.get(name, 0) >= _FROZEN_TIMES)
+        if frozen and (watch.detector.needs_all or len(frozen) == len(needs)) and not watch.held:
+            shown = ", ".join(f"{name} = {self._sampled[name]:g}" for name in frozen)
+            count = _FROZEN_EVERY * _FROZEN_TIMES
+            return Blind(
+                watch.rule_id, frozen, f"frozen: {shown}, the same to the bit for {count} observations or more"
+            )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every rule as JSON-able values."""

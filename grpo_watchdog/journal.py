@@ -1,7 +1,8 @@
 """Journal: the append-only record of a run, one JSON object a line; a torn last line is dropped and said.
 
 Kinds of entry: start (rulebook, knobs, state), step (what was seen), check (the look at the model), decision
-(what was concluded and ordered), outcome (what became of it), call (what the user asked for), blind, notice.
+(what was concluded and ordered), outcome (what became of it), held (a knob that did not stay), resumed (what a new
+session put back), call (what the loop asked for), blind, notice, state (what the plan remembers), end.
 Decisions carry no clock, so that replaying the rest gives them again byte for byte.
 """
 
@@ -9,48 +10,38 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
+import weakref
 from collections.abc import Iterator, Mapping
-from io import TextIOWrapper
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from grpo_watchdog.errors import JournalError
 
 SCHEMA = 1
 FILE = "journal.jsonl"
 _FLUSH_SECONDS = 1.0
+_CHUNK = 1 << 20
 _log = logging.getLogger("grpo_watchdog")
-_fast = json.JSONEncoder(allow_nan=False, separators=(",", ":"), check_circular=False).encode
+_NONFINITE = ("NaN", "Infinity", "-Infinity")
 
 
-def encode(entry: Mapping[str, Any]) -> str:
-    """Return one line of strict JSON; not-a-number and infinity become the strings nan, inf and -inf."""
-    try:
-        return _fast(entry)
-    except ValueError:
-        return _fast(_spelled(entry))
+def encode(entry: Mapping[str, Any]) -> bytes:
+    """Return one line of strict JSON, floats exact; not-a-number and infinity become strings."""
+    return to_json(entry, inf_nan_mode="strings")
 
 
 def decoded(value: Any) -> Any:  # noqa: ANN401
-    """Return a part of an entry with the strings nan, inf and -inf as floats again."""
+    """Return a part of an entry with the strings NaN, Infinity and -Infinity as floats again."""
     if isinstance(value, str):
-        return float(value) if value in ("nan", "inf", "-inf") else value
+        return float(value) if value in _NONFINITE else value
     if isinstance(value, dict):
         return {k: decoded(v) for k, v in value.items()}
     if isinstance(value, list):
         return [decoded(v) for v in value]
-    return value
-
-
-def _spelled(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {k: _spelled(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_spelled(v) for v in value]
     return value
 
 
@@ -66,46 +57,59 @@ class Journal:
 
     def __init__(self, folder: Path | None) -> None:
         """Open for appending; end a torn last line first."""
-        self._file: TextIOWrapper | None = None
+        self._file: BufferedWriter | None = None
         self._flushed = time.monotonic()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE
             _mend(path)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab")
+            weakref.finalize(self, _close, self._file)  # a loop that never closes the watchdog loses nothing
 
     def append(self, entry: Mapping[str, Any], *, flush: bool = True) -> None:
         """Append one entry."""
         if self._file is None:
             return
         try:
-            self._file.write(encode(entry) + "\n")
+            self._file.write(encode(entry) + b"\n")
             now = time.monotonic()
             if flush or now - self._flushed > _FLUSH_SECONDS:
                 self._file.flush()
                 self._flushed = now
         except OSError as error:
             _log.error("journal ends here: %s", error)
+            _close(self._file)
             self._file = None
 
     def close(self) -> None:
         """Flush and close."""
         if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:
-                _log.error("journal not closed: %s", error)
+            _close(self._file)
             self._file = None
+
+
+def _close(file: BufferedWriter) -> None:
+    try:
+        file.close()
+    except OSError as error:
+        _log.error("journal not written to its end: %s", error)
 
 
 def _mend(path: Path) -> None:
     """Cut a last line that was not written whole: a new entry must not be glued to it."""
-    if not path.exists() or not path.stat().st_size:
+    if not path.exists():
         return
     with path.open("rb+") as file:
-        data = file.read()
-        if not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
+        end = keep = file.seek(0, 2)
+        while keep:
+            start = max(0, keep - _CHUNK)
+            file.seek(start)
+            newline = file.read(keep - start).rfind(b"\n")
+            keep = start + newline + 1 if newline >= 0 else start
+            if newline >= 0:
+                break
+        if keep != end:
+            file.truncate(keep)
             _log.warning("%s: the last line was torn and is dropped", path)
 
 
@@ -123,22 +127,44 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         raise JournalError(f"{path}: {error.strerror}; a run folder holds a {FILE}") from error
 
 
-def _entries(path: Path, file: Any) -> Iterator[dict[str, Any]]:  # noqa: ANN401
-    entry: Any = None
+def last_plan(folder: Path) -> Any:  # noqa: ANN401
+    """Return the planner's state as the newest session in a run folder last wrote it down.
+
+    Raises:
+        JournalError: there is no journal there that can be read.
+    """
+    state: Any = None
+    for entry in read(folder):
+        if entry["kind"] == "start":
+            state = entry["state"]["planner"]
+        elif entry["kind"] == "state":
+            state = entry["planner"]
+    return decoded(state)
+
+
+def _entries(path: Path, file: BufferedReader) -> Iterator[dict[str, Any]]:
+    whole = 0
     for number, line in enumerate(file, start=1):
-        try:
-            entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict) or "kind" not in entry:
-            if next(file, None) is None:
+        entry = _entry(line)
+        if entry is None:
+            if whole and next(file, None) is None:
                 yield {"kind": "notice", "step": None, "text": f"line {number} was torn and is dropped"}
-                break
+                return
             raise JournalError(f"{path}:{number}: not a journal entry")
         if number == 1 and entry["kind"] != "start":
             raise JournalError(f"{path}:1: a journal begins with a start entry, not {entry['kind']!r}")
         if entry["kind"] == "start" and entry.get("schema") != SCHEMA:
             raise JournalError(f"{path}:{number}: schema {entry.get('schema')!r}; this version reads {SCHEMA}")
+        whole += 1
         yield entry
-    if entry is None:
+    if not whole:
         raise JournalError(f"{path}: empty")
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """Return the entry on a line, or None where it is torn or no entry."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and "kind" in entry else None

@@ -8,13 +8,14 @@ are three different units. The table carries all of it, a rule names the one tha
 from __future__ import annotations
 
 import difflib
-import math
 import operator
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from grpo_watchdog.scalars import Say, read_all, shown
+
 RatioTo = Literal["reference", "old"]
+_MOST_SAID = 100  # names that change on every step must not fill the journal
 
 
 class Metric(NamedTuple):
@@ -121,29 +122,34 @@ class Intake:
         notices: list[str] = []
 
         def say(key: str, text: str) -> None:
-            if key not in self._said:
-                self._said.add(key)
-                notices.append(text)
+            if key in self._said or len(self._said) > _MOST_SAID:
+                return
+            self._said.add(key)
+            notices.append(text if len(self._said) <= _MOST_SAID else "too much to say about the metrics: no more is")
 
         number = self._number(step, say)
         values: dict[str, float] = {}
-        tensors: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         for name, value in _items(metrics, say):
-            if name not in METRICS:
-                say(f"name:{name!r}", _unknown(name))
+            if not isinstance(name, str) or name not in METRICS:
+                _unknown(name, say)
             elif type(value) is float:
                 values[name] = value
             elif value is not None:
-                _convert(name, value, values, tensors, say)
-        if tensors:
-            _transfer(tensors, values, say)
-        if self.ratio_to == "reference" and "log_ratio" not in values:
-            current, ref = values.get("mean_log_prob_current"), values.get("mean_log_prob_ref")
-            if current is not None and ref is not None:
-                values["log_ratio"] = current - ref
-        if self.dims is not None and "mean_log_prob_current" in values:
-            values["log_prob_per_dim"] = values["mean_log_prob_current"] / self.dims
+                others[name] = value
+        if others:
+            read_all(others, values, say)
+        self._derive(values)
         return Step(number, values), notices
+
+    def _derive(self, values: dict[str, float]) -> None:
+        current = values.get("mean_log_prob_current")
+        if current is None:
+            return
+        if self.ratio_to == "reference" and "log_ratio" not in values and "mean_log_prob_ref" in values:
+            values["log_ratio"] = current - values["mean_log_prob_ref"]
+        if self.dims is not None:
+            values["log_prob_per_dim"] = current / self.dims
 
     def rewind(self, step: int) -> None:
         """Allow the next step number to be as early as `step` + 1, as after a rollback."""
@@ -157,16 +163,16 @@ class Intake:
         """Take back what `state_dict` returned."""
         self._said, self._last = set(state["said"]), state["last"]
 
-    def _number(self, step: object, say: Callable[[str, str], None]) -> int:
+    def _number(self, step: object, say: Say) -> int:
         last = self._last
         if type(step) is int:
             number = step
         else:
             try:
-                number = operator.index(step)  # type: ignore[arg-type]
+                number = _whole(step)
             except Exception:  # noqa: BLE001 - whatever a stranger's object raises, the run goes on
                 number = 0 if last is None else last + 1
-                say("step:type", f"step {step!r} is not a whole number: counted on as {number}")
+                say("step:type", f"step {shown(step)} is not a whole number: counted on as {number}")
         if last is not None and number <= last:
             if number == last:
                 say("step:twice", f"step {number} was given twice: each row counts as one observation")
@@ -176,57 +182,29 @@ class Intake:
         return number
 
 
-def _items(metrics: object, say: Callable[[str, str], None]) -> list[tuple[str, object]]:
+def _whole(step: Any) -> int:  # noqa: ANN401
+    """Return a step number of any type that holds a whole number; raise where it does not."""
     try:
-        return list(metrics.items())  # type: ignore[attr-defined]
-    except Exception:  # noqa: BLE001
-        say("metrics:type", f"metrics must be a dict of numbers, not {type(metrics).__name__}: nothing seen")
+        return operator.index(step)
+    except Exception:
+        value = step.item() if hasattr(step, "item") else step
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        raise
+
+
+def _items(metrics: object, say: Say) -> list[tuple[object, object]]:
+    try:
+        return [(name, value) for name, value in metrics.items()]  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001
+        what = type(metrics).__name__
+        text = f"that cannot be read: {type(error).__name__}" if hasattr(type(metrics), "items") else "no mapping"
+        say("metrics:type", f"metrics must be a dict of numbers, and this {what} is {text}: nothing seen")
         return []
 
 
-def _unknown(name: object) -> str:
-    near = difflib.get_close_matches(str(name), METRICS, n=1)
+def _unknown(name: object, say: Say) -> None:
+    text = shown(name)
+    near = difflib.get_close_matches(text.strip("'"), METRICS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"metric {name!r} is not in the table of canonical metrics and is not watched{hint}"
-
-
-def _convert(
-    name: str,
-    value: Any,  # noqa: ANN401
-    values: dict[str, float],
-    tensors: dict[str, Any],
-    say: Callable[[str, str], None],
-) -> None:
-    """File one value that is no plain float: a number at once, a tensor for the common transfer."""
-    try:
-        if isinstance(value, str | bytes):
-            say(f"value:{name}", f"metric {name} is text ({value[:40]!r}), not a number: not watched")
-        elif hasattr(value, "numel") and hasattr(value, "detach"):
-            if value.numel() == 1 and not value.is_complex():
-                tensors[name] = value
-            else:
-                say(f"value:{name}", f"metric {name} is a tensor of shape {tuple(value.shape)} and type "
-                    f"{value.dtype}, not one real number: reduce it before observe; not watched")  # fmt: skip
-        elif getattr(value, "size", 1) != 1:
-            say(f"value:{name}", f"metric {name} is an array of {value.size}: reduce it before observe")
-        else:
-            values[name] = float(value.item() if hasattr(value, "item") else value)
-    except OverflowError:
-        values[name] = math.copysign(math.inf, value)
-    except Exception:  # noqa: BLE001
-        say(f"value:{name}", f"metric {name} is a {type(value).__name__}, not a number: not watched")
-
-
-def _transfer(tensors: Mapping[str, Any], values: dict[str, float], say: Callable[[str, str], None]) -> None:
-    """Bring all tensors to the host: one stack and one transfer a device, whatever their dtypes."""
-    torch = sys.modules["torch"]
-    by_device: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        by_device.setdefault(str(tensor.device), []).append(name)
-    for device, names in by_device.items():
-        wide = torch.float32 if device.startswith("mps") else torch.float64  # MPS knows no float64
-        try:
-            flat = [tensors[name].detach().reshape(()).to(wide) for name in names]
-            values.update(zip(names, torch.stack(flat).tolist(), strict=True))
-        except Exception as error:  # noqa: BLE001
-            say(f"device:{device}", f"metrics {', '.join(names)} on {device} cannot be read: {error}")
+    say(f"name:{text}", f"metric {text} is not in the table of canonical metrics and is not watched{hint}")

@@ -74,6 +74,12 @@ class Planner:
         """Start with nothing in force."""
         self._book, self._policy = book, book.policy
         self._bases, self._restorable = dict(bases), restorable
+        self._dosing = {
+            (rule_id, rank)
+            for rule_id, rule in book.rules.items()
+            for rank, level in enumerate(rule.ladder, start=1)
+            if level.do
+        }
         self._now = 0
         self._healthy = 0
         self._patience = 1
@@ -90,14 +96,15 @@ class Planner:
     ) -> tuple[list[Order], list[Effect]]:
         """Return what to do now, in the order in which to do it, and which earlier doses helped."""
         self._now += 1
-        loud = [f for f in findings if RANK[f.severity] >= RANK["warning"]]
+        loud = bool(findings) and RANK[findings[0].severity] >= RANK["warning"]
         self._healthy = 0 if loud else self._healthy + 1
         if self.halted:
             return [], []
-        if not self.doses and not findings:
+        acting = bool(findings) and any((f.rule, f.rank) in self._dosing for f in findings)
+        if not (acting or loud or self.doses):
             return self._due_checkpoint(), []
         effects, orders = self._effects(values)
-        wants = self._wants(findings)
+        wants = wanted(self._book, findings)
         if "rollback" in wants:
             orders += self._diverged(wants["rollback"], ledger)
         orders += [o for name in ACTIONS if name in wants and (o := self._order(name, wants[name])) is not None]
@@ -153,19 +160,6 @@ class Planner:
         """Return the orders that put the doses in force back onto a trainer that was started anew."""
         return [Order(name, d.limit, d.rule, "in force when the run was resumed") for name, d in self.doses.items()]
 
-    def _wants(self, findings: Sequence[Finding]) -> dict[str, Want]:
-        wants: dict[str, Want] = {}
-        for finding in findings:
-            if finding.inhibited_by:
-                continue
-            reason = _reason(finding)
-            for name, target in self._book.rules[finding.rule].ladder[finding.rank - 1].do.items():
-                new = Want(float(target), finding.rule, finding.rank, reason)
-                old = wants.get(name)
-                if old is None or ACTIONS[name].merge(old.target, new.target) != old.target:
-                    wants[name] = new
-        return wants
-
     def _order(self, name: str, want: Want) -> Order | None:
         if name == "rollback":
             return None
@@ -199,7 +193,8 @@ class Planner:
         elif used >= budget:
             why = f"all {budget} rollbacks of the budget are used"
         elif not deeper:
-            why = f"trouble came back {self._now - (last[0] if last else 0)} observations after a rollback and no older checkpoint is proven"
+            after = self._now - (last[0] if last else 0)
+            why = f"trouble came back {after} observations after a rollback and no older checkpoint is proven"
         else:
             return [Order("rollback", None, want.rule, want.reason, checkpoints=deeper)]
         restore = [Order("rollback", None, want.rule, "the state to halt in", checkpoints=newest)] if newest else []
@@ -223,7 +218,8 @@ class Planner:
             effects.append(Effect(name, dose.rule, dose.metric, dose.value, after, helped))
             if name == "raise_kl_coef" and not helped:
                 self._locked[name] = (self._now + self._policy.cooldown, dose.rank)
-                why = f"|{dose.metric}| did not fall ({dose.value:.4g} to {abs(after):.4g}) in {self._policy.effect_within} observations"
+                fell = f"|{dose.metric}| did not fall ({dose.value:.4g} to {abs(after):.4g})"
+                why = f"{fell} in {self._policy.effect_within} observations"
                 orders.append(Order(name, None, dose.rule, why, release=True))
         return effects, orders
 
@@ -239,6 +235,21 @@ class Planner:
             metric = next((m for m in _WATCHED_FOR_EFFECT if m in values), "")
             size = abs(values[metric]) if metric else 0.0
             self.doses[order.action] = Dose(order.target, order.rule, rank, self._now, metric, size)
+
+
+def wanted(book: Rulebook, findings: Sequence[Finding]) -> dict[str, Want]:
+    """Return what all firing rules together ask of each action: the safest of each; symptoms ask for nothing."""
+    wants: dict[str, Want] = {}
+    for finding in findings:
+        if finding.inhibited_by:
+            continue
+        reason = _reason(finding)
+        for name, target in book.rules[finding.rule].ladder[finding.rank - 1].do.items():
+            new = Want(float(target), finding.rule, finding.rank, reason)
+            old = wants.get(name)
+            if old is None or ACTIONS[name].merge(old.target, new.target) != old.target:
+                wants[name] = new
+    return wants
 
 
 def _reason(finding: Finding) -> str:

@@ -5,23 +5,63 @@ The kinds of rule live in `detectors/`, each as a subclass of `Rule` beside the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from typing_extensions import TypedDict  # pydantic itself needs it below Python 3.12
 
 from grpo_watchdog.actions import ACTIONS
 from grpo_watchdog.metrics import METRICS
+from grpo_watchdog.scalars import shown
 
 Severity = Literal["notice", "warning", "critical"]
 SEVERITIES: tuple[str, ...] = ("ok", "notice", "warning", "critical")
 RANK: dict[str, int] = {name: rank for rank, name in enumerate(SEVERITIES)}
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+
+
+def no_such(what: str, name: str, allowed: Iterable[str]) -> str:
+    """Return the sentence for a name that nobody knows: what was given, what was meant, what is allowed."""
+    known = list(allowed)
+    near = difflib.get_close_matches(name[:60], known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"no {what} is called {name[:60]!r}; {hint}allowed: {', '.join(known) or 'none'}"
+
+
+def _known(name: str) -> str:
+    if name not in METRICS:
+        raise ValueError(no_such("metric", name, METRICS))
+    return name
+
+
+MetricName = Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": list(METRICS)})]
+
+
+def _flag(value: object) -> object:
+    if value is not True:
+        raise ValueError(f"takes true, not {shown(value)}")
+    return value
+
+
+if TYPE_CHECKING:
+    Doses: TypeAlias = dict[str, float]
+else:
+    Flag = Annotated[Literal[True], BeforeValidator(_flag)]
+    Doses = TypedDict(
+        "Doses",
+        {name: Flag if action.takes == "flag" else Positive for name, action in ACTIONS.items()},
+        total=False,
+    )
+    Doses.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
 
 class Model(BaseModel):
     """Strict about names: a field that nobody knows is a mistake, not a comment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Text(Model):
@@ -31,36 +71,18 @@ class Text(Model):
     zh: str
 
 
-def _known(name: str) -> str:
-    if name not in METRICS:
-        raise ValueError(f"no metric is called {name!r}; allowed: {', '.join(METRICS)}")
-    return name
-
-
-def _doses(do: dict[str, Any]) -> dict[str, Any]:
-    for name, value in do.items():
-        if name not in ACTIONS:
-            raise ValueError(f"no action is called {name!r}; allowed: {', '.join(ACTIONS)}")
-        flag = isinstance(value, bool)
-        if ACTIONS[name].takes == "flag" and value is not True:
-            raise ValueError(f"{name} takes true, not {value!r}")
-        if ACTIONS[name].takes == "number" and (flag or value <= 0):
-            raise ValueError(f"{name} takes a number above 0, not {value!r}")
-    return do
-
-
 class Level(Model):
     """One severity of a rule, and what is done when it fires.
 
     Attributes:
         severity: notice, warning or critical.
         do: action name to target; `true` for actions that take none.
+        advice: what to set for the next run that no knob can turn.
     """
 
     severity: Severity
-    do: dict[str, StrictBool | Number] = {}
-
-    _check_do = field_validator("do")(_doses)
+    do: Doses = Field(default_factory=dict)
+    advice: Text | None = None
 
 
 class Example(Model):
@@ -73,18 +95,10 @@ class Example(Model):
         do: the doses that the whole rulebook then asks for, where stated.
     """
 
-    rows: Annotated[list[dict[str, float | None]], Field(min_length=1)]
+    rows: Annotated[list[dict[MetricName, float | None]], Field(min_length=1)]
     repeat: Annotated[int, Field(ge=1, le=1000)] = 1
     expect: Literal["ok", "notice", "warning", "critical", "blind"]
-    do: dict[str, StrictBool | Number] | None = None
-
-    @field_validator("rows")
-    @classmethod
-    def _metrics(cls, rows: list[dict[str, float | None]]) -> list[dict[str, float | None]]:
-        for row in rows:
-            for name in row:
-                _known(name)
-        return rows
+    do: Doses | None = None
 
 
 class Rule(Model):
@@ -97,6 +111,7 @@ class Rule(Model):
         keep_firing_for: consecutive observations on which it must not hold before it stops [observations].
         inhibits: rules that are this one's symptoms: while this fires, theirs are listed under it.
         causes: likely causes, in the document's order.
+        switch_on: what to log where the rule is blind.
         examples: its tests.
     """
 
@@ -105,10 +120,10 @@ class Rule(Model):
     source: str
     for_: Annotated[int, Field(alias="for", ge=1, le=100_000)] = 1
     keep_firing_for: Annotated[int, Field(ge=1, le=100_000)] = 5
-    inhibits: list[str] = []
-    causes: list[str] = []
+    inhibits: list[str] = Field(default_factory=list)
+    causes: list[str] = Field(default_factory=list)
     switch_on: Text | None = None
-    examples: list[Example] = []
+    examples: list[Example] = Field(default_factory=list)
 
     @property
     def ladder(self) -> tuple[Level, ...]:
@@ -122,18 +137,14 @@ class SingleRule(Rule):
     Attributes:
         severity: what it is when it holds.
         do: what is done then.
+        advice: what to set for the next run that no knob can turn.
     """
 
     severity: Severity
-    do: dict[str, StrictBool | Number] = {}
-
-    _check_do = field_validator("do")(_doses)
+    do: Doses = Field(default_factory=dict)
+    advice: Text | None = None
 
     @property
     def ladder(self) -> tuple[Level, ...]:
         """Return the one level."""
-        return (Level(severity=self.severity, do=self.do),)
-
-
-MetricName = Annotated[str, Field(json_schema_extra={"enum": list(METRICS)})]
-known_metric = _known
+        return (Level(severity=self.severity, do=self.do, advice=self.advice),)

@@ -7,23 +7,27 @@ or cause set to null is left out.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from functools import cached_property
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from grpo_watchdog import pages
 from grpo_watchdog.actions import KNOB_ACTIONS
 from grpo_watchdog.detectors import AnyRule
-from grpo_watchdog.errors import Problem, RulebookError
-from grpo_watchdog.rule import Model, Number, Text
-from grpo_watchdog.yaml_source import Key, Source
+from grpo_watchdog.errors import ConfigurationError, Problem, RulebookError
+from grpo_watchdog.faults import problems_of, references
+from grpo_watchdog.pages import shipped
+from grpo_watchdog.rule import MetricName, Model, Number, Positive, Text, no_such
+from grpo_watchdog.scalars import shown
+from grpo_watchdog.yaml_source import Places
 
-_PACKAGED = Path(__file__).parent / "rules"
-_CHECKOUT = Path(__file__).parent.parent / "rules"
-_DEEPEST = 8
+__all__ = ["Base", "Cause", "Evidence", "Policy", "Rulebook", "from_json", "load", "shipped"]
+
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
@@ -59,7 +63,7 @@ class Policy(Model):
 
 
 class Evidence(Model):
-    """What speaks for a cause when it holds, and against it when it does not. Exactly one of the four.
+    """What speaks for a cause when it holds, and against it when it does not. Exactly one of the three.
 
     Attributes:
         check: a model check that failed.
@@ -69,7 +73,7 @@ class Evidence(Model):
 
     check: str | None = None
     rule: str | None = None
-    metric: str | None = None
+    metric: MetricName | None = None
     above: Number | None = None
     below: Number | None = None
 
@@ -87,16 +91,16 @@ class Cause(Model):
 
     title: Text
     remedy: Text
-    evidence: list[Evidence] = []
+    evidence: list[Evidence] = Field(default_factory=list)
 
 
 class Base(Model):
     """The settings from which the documented targets step down: what `targets: scaled` divides by."""
 
-    learning_rate: Annotated[Number, Field(gt=0)]
-    kl_coef: Annotated[Number, Field(gt=0)]
-    clip_epsilon: Annotated[Number, Field(gt=0)]
-    grad_norm_limit: Annotated[Number, Field(gt=0)] = 1.0
+    learning_rate: Positive
+    kl_coef: Positive
+    clip_epsilon: Positive
+    grad_norm_limit: Positive = 1.0
 
 
 class Rulebook(Model):
@@ -109,17 +113,38 @@ class Rulebook(Model):
     extends: str | None = None
     base: Base
     policy: Policy = Policy()
-    causes: dict[str, Cause] = {}
-    rules: Annotated[dict[str, AnyRule], Field(min_length=1)]
+    causes: dict[Id, Cause] = Field(default_factory=dict)
+    rules: Annotated[dict[Id, AnyRule], Field(min_length=1)]
 
     def as_json(self) -> str:
         """Return everything that decides, as JSON: what a journal carries. The examples do not decide."""
         return self.model_dump_json(by_alias=True, exclude={"rules": {"__all__": {"examples"}}})
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """Return a hash of all that decides; the order of rules in the file does not enter."""
-        return hashlib.sha256(self.as_json().encode()).hexdigest()[:16]
+        """Return a hash of all that decides and is said; neither the order in the file nor how it was built enters."""
+        said = json.loads(self.as_json())
+        del said["extends"]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_policy(self, options: Mapping[str, Any]) -> Rulebook:
+        """Return this rulebook with some of its policy set anew.
+
+        Raises:
+            ConfigurationError: an option is unknown or cannot be what was given; says what is allowed.
+        """
+        faults = [no_such("option", name, Policy.model_fields) for name in options if name not in Policy.model_fields]
+        try:
+            policy = Policy.model_validate(
+                {**self.policy.model_dump(), **{k: v for k, v in options.items() if k in Policy.model_fields}}
+            )
+        except ValidationError as error:
+            faults += [
+                f"{f['loc'][0]} is {shown(f['input'])}: {f['msg'][0].lower()}{f['msg'][1:]}" for f in error.errors()
+            ]
+        if faults:
+            raise ConfigurationError("; ".join(faults)) from None
+        return self.model_copy(update={"policy": policy})
 
     def limit(self, action: str, target: float, base: float, *, scaled: bool) -> float:
         """Return the limit that a documented target means for a run that started with `base`."""
@@ -135,171 +160,30 @@ def load(book: str | Path) -> Rulebook:
     Raises:
         RulebookError: every problem at once, each as file:line:column.
     """
-    data, places = _merged(_find(str(book)), depth=0)
-    return _validate(data, places)
+    return _validate(pages.read(book))
 
 
-def from_json(data: dict[str, Any]) -> Rulebook:
-    """Return the rulebook that a journal carries."""
-    return _validate(data, Places({(): ("<journal>", 1, 1)}))
+def from_json(data: object) -> Rulebook:
+    """Return the rulebook that a journal carries.
 
-
-def shipped() -> list[str]:
-    """Return the names of the rulebooks that come with the package."""
-    return sorted(path.stem for path in _folder().glob("*.yaml"))
-
-
-class Places(dict[Key, tuple[str, int, int]]):
-    """Path into the merged data to where it stands; falls back to the nearest parent."""
-
-    def of(self, key: Key) -> tuple[str, int, int]:
-        """Return the place."""
-        while key and key not in self:
-            key = key[:-1]
-        return self[key]
-
-
-def _folder() -> Path:
-    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
-
-
-def _find(book: str) -> Path:
-    if book.endswith((".yaml", ".yml")) or "/" in book or "\\" in book:
-        return Path(book)
-    path = _folder() / f"{book}.yaml"
-    if not path.is_file():
-        near = difflib.get_close_matches(book, shipped(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        message = f"no rulebook is called {book!r}: shipped are {', '.join(shipped())}, else give a path ending in .yaml{hint}"
-        raise RulebookError([Problem(book, 1, 1, message)])
-    return path
-
-
-def _merged(path: Path, depth: int) -> tuple[dict[str, Any], Places]:
-    source = Source(path)
-    data, places = source.data, Places(source.places)
+    Raises:
+        RulebookError: it is none.
+    """
+    places = Places(("<journal>", 1, 1))
     if not isinstance(data, dict):
-        raise RulebookError([Problem(str(path), 1, 1, "a rulebook is a mapping with schema, name, rules ...")])
-    parent = data.get("extends")
-    if parent is None:
-        return data, places
-    where = places.of(("extends",))
-    if depth >= _DEEPEST:
-        raise RulebookError([Problem(*where, f"extends more than {_DEEPEST} deep: a circle?")])
-    below, below_places = _merged(_parent(parent, path, where), depth + 1)
-    _overlay(below, below_places, data, places, ())
-    return below, below_places
+        raise RulebookError([Problem("<journal>", 1, 1, f"a rulebook is a mapping, not {type(data).__name__}")])
+    return _validate(pages.Page(data, places))
 
 
-def _parent(parent: object, path: Path, where: tuple[str, int, int]) -> Path:
-    if parent in shipped():
-        return _folder() / f"{parent}.yaml"
-    folder = path.resolve().parent
-    if isinstance(parent, str) and parent.endswith((".yaml", ".yml")) and Path(parent).name == parent:
-        inside = (folder / parent).resolve()
-        if inside.parent == folder and inside.is_file():
-            return inside
-    allowed = f"{', '.join(shipped())} or the name of a .yaml file in the same folder"
-    raise RulebookError([Problem(*where, f"extends {parent!r} is not to be had; allowed: {allowed}")])
-
-
-def _overlay(below: dict[str, Any], below_places: Places, data: dict[str, Any], places: Places, key: Key) -> None:
-    """Lay one mapping over another, in place; null removes."""
-    for name, value in data.items():
-        at = (*key, name)
-        if isinstance(value, dict) and isinstance(below.get(name), dict):
-            _overlay(below[name], below_places, value, places, at)
-            continue
-        if value is None and name in below and key:
-            del below[name]
-            continue
-        below[name] = value
-        for path in [p for p in below_places if p[: len(at)] == at]:
-            del below_places[path]
-        below_places.update({p: place for p, place in places.items() if p[: len(at)] == at})
-
-
-def _validate(data: dict[str, Any], places: Places) -> Rulebook:
+def _validate(page: pages.Page) -> Rulebook:
     for field in ("rules", "causes"):  # one order, whatever the file's
-        if isinstance(data.get(field), dict):
-            data = {**data, field: dict(sorted(data[field].items()))}
-    problems: list[Problem] = []
-    book: Rulebook | None = None
+        if isinstance(page.data.get(field), dict):
+            page.data = {**page.data, field: dict(sorted(page.data[field].items()))}
+    problems = [*page.problems, *references(page)]
     try:
-        book = Rulebook.model_validate(data)
+        book = Rulebook.model_validate(page.data)
     except ValidationError as error:
-        for fault in error.errors(include_url=False):
-            key = _data_key(fault["loc"], data)
-            problems.append(Problem(*places.of(key), _message(fault, key)))
-    if book is not None:
-        problems.extend(_references(book, places))
-    if problems or book is None:
+        problems += problems_of(error, page, Rulebook.model_json_schema())
+    if problems:
         raise RulebookError(list(dict.fromkeys(problems)))
     return book
-
-
-def _data_key(loc: tuple[str | int, ...], data: Any) -> Key:  # noqa: ANN401
-    """Return the part of a pydantic location that is a path into the data (it also names union members)."""
-    key: list[str | int] = []
-    for part in loc:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int) and part < len(data)):
-            data = data[part]
-        else:
-            continue
-        key.append(part)
-    return tuple(key)
-
-
-def _message(fault: Any, key: Key) -> str:  # noqa: ANN401
-    name = ".".join(map(str, key)) or "rulebook"
-    last = fault["loc"][-1] if fault["loc"] else ""
-    match fault["type"]:
-        case "missing":
-            return f"{name}: {last} is missing"
-        case "extra_forbidden":
-            return f"{name}: no such field is known here"
-        case "value_error":
-            return f"{name}: {fault['ctx']['error']}"
-        case _:
-            shown = fault["input"]
-            tail = "" if isinstance(shown, dict | list) else f", not {shown!r}"
-            return f"{name}: {fault['msg'][0].lower()}{fault['msg'][1:]}{tail}"
-
-
-def _references(book: Rulebook, places: Places) -> list[Problem]:
-    """Return what names a rule or cause that is not there, and circles of inhibition."""
-    problems: list[Problem] = []
-
-    def want(name: str, known: dict[str, Any], what: str, key: Key) -> None:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; allowed: {', '.join(known) or 'none'}"
-            problems.append(
-                Problem(*places.of(key), f"{'.'.join(map(str, key[:-1]))}: no {what} is called {name!r}{hint}")
-            )
-
-    for rule_id, rule in book.rules.items():
-        for index, name in enumerate(rule.inhibits):
-            key: Key = ("rules", rule_id, "inhibits", index)
-            want(name, book.rules, "rule", key)
-            if name in book.rules and rule_id in _inhibited(name, book):
-                message = f"rules.{rule_id}: inhibits goes in a circle: {name} inhibits {rule_id}"
-                problems.append(Problem(*places.of(key), message))
-        for index, name in enumerate(rule.causes):
-            want(name, book.causes, "cause", ("rules", rule_id, "causes", index))
-    for cause_id, cause in book.causes.items():
-        for index, evidence in enumerate(cause.evidence):
-            if evidence.rule is not None:
-                want(evidence.rule, book.rules, "rule", ("causes", cause_id, "evidence", index, "rule"))
-    return problems
-
-
-def _inhibited(rule_id: str, book: Rulebook) -> set[str]:
-    """Return a rule and everything that it inhibits, directly or through others."""
-    found, todo = set[str](), [rule_id]
-    while todo:
-        name = todo.pop()
-        if name not in found and name in book.rules:
-            found.add(name)
-            todo.extend(book.rules[name].inhibits)
-    return found

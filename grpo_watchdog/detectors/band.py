@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from grpo_watchdog.detectors.detector import Memoryless, Reading
-from grpo_watchdog.rule import RANK, Level, MetricName, Number, Rule, known_metric
+from grpo_watchdog.rule import RANK, Level, MetricName, Number, Rule
 
 
 class Band(Level):
@@ -49,15 +51,20 @@ class BandRule(Rule):
     leave: Annotated[float, Field(gt=0, le=1)] = 1.0
     bands: Annotated[list[Band], Field(min_length=1, max_length=8)]
 
-    _check_metric = field_validator("metric")(known_metric)
+    @field_validator("bands")
+    @classmethod
+    def _rising(cls, bands: list[Band]) -> list[Band]:
+        for lower, upper in pairwise(bands):
+            if upper.edge <= lower.edge:
+                raise ValueError(f"bands must rise, and {upper.edge:g} follows {lower.edge:g}")
+            if RANK[upper.severity] < RANK[lower.severity]:
+                raise ValueError(f"no severity may fall, and {upper.severity} follows {lower.severity}")
+        return bands
 
     @model_validator(mode="after")
-    def _rising(self) -> BandRule:
-        for lower, upper in zip(self.bands, self.bands[1:], strict=False):
-            if upper.edge <= lower.edge or RANK[upper.severity] < RANK[lower.severity]:
-                raise ValueError("bands must rise: each edge above the last, no severity below the last")
+    def _no_edge_below_0(self) -> BandRule:
         if self.absolute and self.bands[0].edge < 0:
-            raise ValueError("an absolute value has no edge below 0")
+            raise ValueError(f"an absolute value has no edge below 0, as {self.bands[0].edge:g} is")
         return self
 
     @property
@@ -70,13 +77,13 @@ class BandDetector(Memoryless):
     """Finds the band of a value. Non-finite counts as the last one."""
 
     def __init__(self, rule: BandRule) -> None:
-        """Precompute the interval in which nothing can be reached."""
+        """Precompute the interval in which nothing can be reached; infinity lies in no such interval."""
         self._bands, self._metric = rule.bands, rule.metric
         self._absolute, self._leave = rule.absolute, rule.leave
         self.needs = (rule.metric,)
         first = rule.bands[0]
         high = first.edge if first.from_ is None else math.nextafter(first.edge, -math.inf)
-        self.quiet = (rule.metric, -high if rule.absolute else -math.inf, high)
+        self.quiet = (rule.metric, -high if rule.absolute else -sys.float_info.max, high)
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
         """Return the band."""

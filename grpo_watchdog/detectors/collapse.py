@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from grpo_watchdog.detectors.detector import Memoryless, Reading
-from grpo_watchdog.rule import MetricName, Model, Number, SingleRule, known_metric
+from grpo_watchdog.rule import MetricName, Model, Number, SingleRule
 
 
 class Sign(Model):
@@ -18,8 +19,6 @@ class Sign(Model):
     at_most: Number | None = None
     at_least: Number | None = None
 
-    _check_metric = field_validator("metric")(known_metric)
-
     @model_validator(mode="after")
     def _one_side(self) -> Sign:
         if (self.at_most is None) == (self.at_least is None):
@@ -27,7 +26,7 @@ class Sign(Model):
         return self
 
     def shown_by(self, value: float) -> bool:
-        """Return whether the value shows the sign; not-a-number shows nothing."""
+        """Return whether the value shows the sign."""
         if self.at_most is not None:
             return value <= self.at_most
         return value >= self.at_least  # type: ignore[operator]
@@ -54,16 +53,15 @@ class CollapseDetector(Memoryless):
         self._signs = rule.signs
         self.needs = tuple(sign.metric for sign in rule.signs)
 
-    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
-        """Return the first sign shown, else the first that could be looked at."""
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:  # noqa: ARG002
+        """Return the first sign shown, else the first that could be looked at; not-a-number shows nothing."""
         seen: Reading | None = None
         for sign in self._signs:
             value = values.get(sign.metric)
-            if value is None:
+            if value is None or math.isnan(value):
                 continue
             limit = sign.at_least if sign.at_most is None else sign.at_most
             if sign.shown_by(value):
                 return Reading(1, 1, sign.metric, value, limit)
             seen = seen or Reading(0, 0, sign.metric, value, limit)
-        assert seen is not None, "findings calls read only where a needed metric is there"
         return seen

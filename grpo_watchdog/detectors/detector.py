@@ -56,6 +56,7 @@ class Detector(Protocol):
 class Memoryless:
     """A detector that looks at one step only."""
 
+    needs: tuple[str, ...] = ()
     needs_all = True
     quiet: tuple[str, float, float] | None = None
 

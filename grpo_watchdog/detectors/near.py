@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from grpo_watchdog.detectors.detector import Memoryless, Reading
-from grpo_watchdog.rule import MetricName, Number, SingleRule, known_metric
+from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 
 class NearRule(SingleRule):
@@ -24,8 +24,6 @@ class NearRule(SingleRule):
     metric: MetricName
     value: Number = 0.0
     within: Annotated[Number, Field(ge=0)]
-
-    _check_metric = field_validator("metric")(known_metric)
 
 
 class NearDetector(Memoryless):

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from grpo_watchdog.detectors.detector import Memoryless, Reading
-from grpo_watchdog.rule import MetricName, SingleRule, known_metric
+from grpo_watchdog.rule import MetricName, SingleRule
 
 
 class NonfiniteRule(SingleRule):
@@ -21,11 +21,6 @@ class NonfiniteRule(SingleRule):
 
     kind: Literal["nonfinite"]
     metrics: Annotated[list[MetricName], Field(min_length=1)]
-
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, names: list[str]) -> list[str]:
-        return [known_metric(name) for name in names]
 
 
 class NonfiniteDetector(Memoryless):

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from grpo_watchdog.detectors.detector import Memoryless, Reading
-from grpo_watchdog.rule import MetricName, Number, SingleRule, known_metric
+from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 
 class OutsideRule(SingleRule):
@@ -25,8 +25,6 @@ class OutsideRule(SingleRule):
     metric: MetricName
     low: Number | None = None
     high: Number | None = None
-
-    _check_metric = field_validator("metric")(known_metric)
 
     @model_validator(mode="after")
     def _a_range(self) -> OutsideRule:

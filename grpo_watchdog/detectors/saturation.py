@@ -50,11 +50,16 @@ class SaturationDetector(Memoryless):
             **{math.exp(sign * clamp): f"exp({sign * clamp:g})" for clamp in rule.log_clamps for sign in (1, -1)},
             **{clamp: f"a clamp at {clamp:g}" for clamp in rule.ratio_clamps},
         }
+        # No clamp in use lies near 1: between these two the healthy are spared the search.
+        self._low = max((image for image in self._images if image <= 1), default=0.0) * (1 + 2 * _ULPS)
+        self._high = min((image for image in self._images if image >= 1), default=math.inf) * (1 - 2 * _ULPS)
 
-    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
-        """Return which invariant is broken."""
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:  # noqa: ARG002
+        """Return which invariant is broken; None where the ratio is not a number and shows neither."""
         ratio, log_ratio = values["mean_ratio"], values.get("log_ratio")
-        if not 0.4 < ratio < 2.5:  # noqa: PLR2004 - no clamp in use lies near 1: spare the healthy the search
+        if math.isnan(ratio):
+            return None
+        if not self._low < ratio < self._high:
             for image, what in self._images.items():
                 if abs(ratio - image) <= _ULPS * image:
                     return Reading(2, 2, "mean_ratio", ratio, image, f"equals {what}: every sample sits on the clamp")

@@ -38,9 +38,9 @@ class WeightRule(SingleRule):
 class WeightDetector:
     """Infers the coefficient, step by step. Not-a-number never enters the baseline."""
 
-    needs = ("loss", "policy_loss", "kl_penalty")
+    needs: tuple[str, ...] = ("loss", "policy_loss", "kl_penalty")
     needs_all = True
-    quiet = None
+    quiet: tuple[str, float, float] | None = None
 
     def __init__(self, rule: WeightRule) -> None:
         """Start without a baseline."""
@@ -52,7 +52,7 @@ class WeightDetector:
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:  # noqa: ARG002
         """Return the inferred coefficient against the baseline; None while there is no steady one."""
         announced = values.get("kl_coef")
-        if announced != self._announced:
+        if announced is not None and math.isfinite(announced) and announced != self._announced:
             self._announced = announced
             self._recent.clear()
             self._usual = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 from grpo_watchdog import briefing
 from grpo_watchdog.metrics import Step
 from grpo_watchdog.rule import RANK
-from grpo_watchdog.watchdog import Verdict
+from grpo_watchdog.verdict import Verdict
 
 _KNOBS = ("learning_rate", "kl_coef", "clip_epsilon", "grad_norm_limit")
 
@@ -26,6 +27,7 @@ class TensorBoardListener:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow, and only for those who use it
 
             target = SummaryWriter(str(target))
+            weakref.finalize(self, target.close)  # also when the interpreter exits
         self._writer = target
         self._firing: set[str] = set()
         self._knobs: dict[str, float] = {}

@@ -1,18 +1,22 @@
 """The look at the state of the model: the reference, what is trained, what is finite, and how far it moved.
 
-Nothing is copied whole: the reference is compared by the norms of its tensors, the movement of the weights is
-taken on evenly spaced elements, at most SAMPLE of a tensor (exact for tensors no larger).
+Nothing is copied whole: the reference is compared by the norms of its tensors and by some of their elements, the
+movement of the weights is taken on evenly spaced elements, at most SAMPLE of a tensor (exact for tensors no larger).
 """
 
 from __future__ import annotations
 
+import logging
+import math
+
 import torch
 
 from grpo_watchdog.controls import Check
-from grpo_watchdog.integrations.torch_state import first_nonfinite
+from grpo_watchdog.integrations.torch_finite import FiniteCheck
 
 SAMPLE = 4096
 _LORA = ("lora_", "modules_to_save")
+_log = logging.getLogger("grpo_watchdog")
 
 
 class ModelChecks:
@@ -22,15 +26,22 @@ class ModelChecks:
         model: the policy.
         optimizer: the one that trains it.
         reference: the frozen policy that the KL is taken to, or None where there is none to look at.
+        finite: looks for weights and moments that are not finite.
         every: optimizer steps between measurements of `param_change`; 0 measures none.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, reference: torch.nn.Module | None, every: int
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        reference: torch.nn.Module | None,
+        finite: FiniteCheck,
+        every: int,
     ) -> None:
         """Take the fingerprints of now."""
         self._model, self._optimizer, self._reference = model, optimizer, reference
-        self._norms = _norms(reference)
+        self._finite = finite
+        self._fingerprint = _fingerprint(reference)
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         self._every, self._steps = every, 0
         self._change: torch.Tensor | None = None
@@ -41,10 +52,7 @@ class ModelChecks:
 
     def inspect(self) -> list[Check]:
         """Return all checks. Costs one norm per tensor."""
-        state = ((f"{k}.{i}", v) for i, s in enumerate(self._optimizer.state.values()) for k, v in s.items()
-                 if isinstance(v, torch.Tensor))  # fmt: skip
-        weights = first_nonfinite(self._model.state_dict().items())
-        moments = first_nonfinite(state)
+        weights, moments = self._finite.weights(), self._finite.moments()
         return [
             *([] if self._reference is None else [self._look_at_reference(self._reference)]),
             self._look_at_trainable(),
@@ -58,9 +66,7 @@ class ModelChecks:
 
     def measure(self) -> dict[str, float]:
         """Return param_change (of the last measured step) and param_drift (from the reference, else from attach)."""
-        now = _samples(self._trained())
-        drift = _relative(now, self._start) if self._start else None
-        found = {"param_change": self._change, "param_drift": drift}
+        found = {"param_change": self._change, "param_drift": _relative(_samples(self._trained()), self._start)}
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def _look_at_reference(self, reference: torch.nn.Module) -> Check:
@@ -72,7 +78,7 @@ class ModelChecks:
             faults.append("it is not frozen (requires_grad)")
         if any(module.training for module in reference.modules()):
             faults.append("it is in train mode, not eval")
-        if _norms(reference) != self._norms:
+        if not _same(_fingerprint(reference), self._fingerprint):
             faults.append("its weights changed since attach")
         return Check(
             "reference",
@@ -90,7 +96,7 @@ class ModelChecks:
             extra = sorted(trained - adapters)
             faults.append(f"{len(extra)} tensors outside the LoRA adapters are trained, {extra[0]} first")
         if trained != self._trainable:
-            faults.append(f"what is trained changed since attach: {sorted(trained ^ self._trainable)[0]}")
+            faults.append(f"what is trained changed since attach: {min(trained ^ self._trainable)}")
         left_out = sorted(n for n in trained if id(named[n]) not in held)
         if left_out:
             faults.append(f"{len(left_out)} trainable tensors are not in this optimizer, {left_out[0]} first")
@@ -110,28 +116,71 @@ class ModelChecks:
 
     def _before_step(self) -> None:
         if self._every and self._steps % self._every == 0:
-            self._before = _samples(self._trained())
+            self._before = self._sampled()
         self._steps += 1
 
     def _after_step(self) -> None:
-        if self._before is not None:
-            self._change = _relative(_samples(self._trained()), self._before)
-            self._before = None
+        before, self._before = self._before, None
+        now = self._sampled() if before else None
+        if before and now:
+            self._change = _relative(now, before)
+
+    def _sampled(self) -> list[torch.Tensor] | None:
+        """Return samples of what is trained; called inside the optimizer's step, where nothing of ours may raise."""
+        try:
+            return _samples(self._trained())
+        except Exception as error:  # noqa: BLE001 - a tensor of a kind that cannot be sampled
+            self._every = 0
+            _log.warning("param_change is not measured any more: %s: %s", type(error).__name__, error)
+            return None
 
 
 def _samples(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return up to SAMPLE evenly spaced elements of each tensor, copied, as float32 where they are narrower."""
-    flat = [t.reshape(-1)[:: max(1, -(-t.numel() // SAMPLE))] for t in tensors if t.numel()]
-    return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in flat]
+    """Return copies of some elements of each tensor, scaled such that their norm estimates that of the tensor."""
+    picked = [(_sample(t), t.numel()) for t in tensors if t.numel()]
+    return [sample * (size / sample.numel()) ** 0.5 for sample, size in picked]
 
 
-def _relative(now: list[torch.Tensor], then: list[torch.Tensor]) -> torch.Tensor:
-    """Return |now - then| / |then| over all samples, as a 0-d tensor."""
-    moved = torch.stack([(a - b.to(a.device)).norm() for a, b in zip(now, then, strict=True)]).norm()
-    size = torch.stack([b.to(a.device).norm() for a, b in zip(now, then, strict=True)]).norm()
-    return moved / size.clamp_min(torch.finfo(size.dtype).tiny)
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of up to SAMPLE evenly spaced elements, as float32 where they are narrower."""
+    stride = -(-tensor.numel() // SAMPLE)
+    while stride > 1 and math.gcd(stride, tensor.shape[-1]) > 1:  # or all of them may lie in a few columns
+        stride += 1
+    if tensor.is_contiguous():
+        picked = tensor.view(-1)[::stride]
+    else:  # reshape would copy it whole
+        places = torch.arange(0, tensor.numel(), stride, device=tensor.device)
+        picked = tensor[torch.unravel_index(places, tensor.shape)]
+    return picked.to(_wide(tensor), copy=True)
 
 
-def _norms(module: torch.nn.Module | None) -> list[float]:
-    tensors = [] if module is None else [p.detach() for p in module.parameters()]
-    return [float(norm) for norm in torch._foreach_norm(tensors)] if tensors else []  # noqa: SLF001
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.element_size() < torch.float32.itemsize else tensor.dtype
+
+
+def _relative(now: list[torch.Tensor], then: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return |now - then| / |then| over all samples, as a 0-d tensor; None where there is nothing to compare."""
+    if not then or len(now) != len(then):
+        return None
+    home = now[0].device  # a model may be spread over several
+    moved = [torch.linalg.vector_norm(a - b.to(a.device)).to(home) for a, b in zip(now, then, strict=True)]
+    sizes = [torch.linalg.vector_norm(b).to(home) for b in then]
+    size: torch.Tensor = torch.linalg.vector_norm(torch.stack(sizes))
+    change: torch.Tensor = torch.linalg.vector_norm(torch.stack(moved))
+    return change / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def _fingerprint(module: torch.nn.Module | None) -> list[torch.Tensor]:
+    """Return some elements and the norm of each tensor: a norm alone misses a small step across it."""
+    marks = []
+    for tensor in (p.detach() for p in (module.parameters() if module else ()) if p.numel()):
+        marks.append(_sample(tensor).nan_to_num())
+        if tensor.is_floating_point() and tensor.element_size() > 1:
+            marks.append(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)).nan_to_num())
+    return marks
+
+
+def _same(now: list[torch.Tensor], then: list[torch.Tensor]) -> bool:
+    return len(now) == len(then) and all(
+        a.shape == b.shape and torch.equal(a, b.to(a.device)) for a, b in zip(now, then, strict=True)
+    )

@@ -11,6 +11,7 @@ import torch
 from grpo_watchdog.controls import Check, DialKnob, Knob, dial
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.integrations.torch_checks import ModelChecks
+from grpo_watchdog.integrations.torch_finite import FiniteCheck
 from grpo_watchdog.integrations.torch_lr import LearningRateCeiling
 from grpo_watchdog.integrations.torch_state import TrainingState, part
 
@@ -54,15 +55,19 @@ class TorchControls:
         schedulers = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
         named = {f"scheduler{i or ''}": s for i, s in enumerate(schedulers) if s is not None}
         extra = dict(state or {})
-        clash = ({"model", "optimizer", "scaler"} | set(named)) & set(extra)
+        if scaler is not None:
+            named["scaler"] = scaler
+        clash = [name for name in extra if name in {"model", "optimizer", *named} or name.startswith("rng.")]
         if clash:
-            raise ConfigurationError(f"state: the name {sorted(clash)[0]!r} is taken; call it otherwise")
-        owners = {"optimizer": optimizer, **named, **({} if scaler is None else {"scaler": scaler}), **extra}
-        parts = [part(name, owner) for name, owner in owners.items()]
+            raise ConfigurationError(f"state: the name {clash[0]!r} is taken; call it otherwise")
+        parts = [part(name, owner) for name, owner in {**named, **extra}.items()]
         turned = {name: dial(spec, name) for name, spec in (knobs or {}).items() if spec is not None}
-        self._state = TrainingState(model, parts)
-        self._checks = ModelChecks(model, optimizer, reference, check_every)
-        self.knobs: dict[str, Knob] = {"learning_rate": LearningRateCeiling(optimizer)}
+        finite = FiniteCheck(model, optimizer)
+        self._state = TrainingState(model, optimizer, parts, finite)
+        self._checks = ModelChecks(model, optimizer, reference, finite, check_every)
+        self.knobs: dict[str, Knob] = {}
+        if LearningRateCeiling.fits(optimizer):
+            self.knobs["learning_rate"] = LearningRateCeiling(optimizer)
         for name, spec in turned.items():
             self.knobs[name] = DialKnob(spec, "max" if name == "kl_coef" else "min")
 

@@ -7,13 +7,30 @@ exactly when the ceiling is lifted.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
+
+_MARK = "_grpo_watchdog_ceiling"
+_QUIET = 32  # observations without a step that are no cause for concern: gradient accumulation
+_SLACK = 1 + 1e-6  # a float32 rate is rounded
+
+
+class _Lowered(NamedTuple):
+    group: dict[str, Any]
+    rate: Any  # the object that the group held: a tensor is changed in place
+    own: Any
+    wrote: Any
+    limit: float
 
 
 class LearningRateCeiling:
     """The learning-rate knob of one optimizer; the ceiling of each parameter group is in proportion to its base.
+
+    An optimizer has one of these: a second one takes over, and the first says so when it is asked.
 
     Args:
         optimizer: any torch optimizer, the inner one where it is wrapped. Tensor-valued rates are clamped in place.
@@ -23,88 +40,134 @@ class LearningRateCeiling:
         """Register the hooks; they do nothing until a ceiling is held."""
         self.where = f"{type(optimizer).__name__}, {len(optimizer.param_groups)} parameter groups"
         self._optimizer = optimizer
-        self._bases = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self._bases = [_base(group) for group in optimizer.param_groups]
+        self._largest = max(self._bases)
         self._ceiling: float | None = None
-        self._saved: list[Any] | None = None
-        self._steps = 0  # optimizer steps since the ceiling was last set
-        self._defied: float | None = None
-        self._pending = False  # whether the hold has yet to be read back
+        self._lowered: list[_Lowered] = []
+        self._trouble = ""
+        self._quiet = 0  # observations since the last step: `read` is called once an observation or a little more
+        self._usual = 0  # the most of them that lay between two steps
+        earlier = getattr(optimizer, _MARK, None)
+        if earlier is not None:
+            earlier.detach()
+        setattr(optimizer, _MARK, self)
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._lower()),
-            optimizer.register_step_post_hook(lambda *_: self._put_back()),
+            optimizer.register_step_pre_hook(lambda *_: self._quietly(self._lower)),
+            optimizer.register_step_post_hook(lambda *_: self._quietly(self._stepped)),
         ]
+        if earlier is None:
+            _guard(optimizer)
+
+    @staticmethod
+    def fits(optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether every parameter group has a learning rate that is a number: some optimizers find their own."""
+        return all(isinstance(g.get("lr"), int | float | torch.Tensor) for g in optimizer.param_groups)
 
     def read(self) -> float:
         """Return the largest rate that the next step will use."""
+        self._quiet += 1
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         if self._ceiling is not None:
-            rates = [min(rate, limit) for rate, limit in zip(rates, self._limits(), strict=True)]
+            rates = [min(self._limit(index), rate) for index, rate in enumerate(rates)]
         return max(rates)
 
     def base(self) -> float:
-        """Return the largest rate at attach: a scheduler's initial_lr where there is one."""
-        return max(self._bases)
+        """Return the largest rate at attach: what its scheduler starts from or goes up to, where there is one."""
+        return self._largest
 
     def hold(self, limit: float) -> None:
         """Cap every step from the next one on."""
-        self._ceiling, self._steps, self._defied, self._pending = limit, 0, None, True
+        self._ceiling, self._trouble = limit, ""
 
     def release(self) -> None:
         """Take the cap off."""
         self._ceiling = None
-        self._pending = False
 
     def check(self) -> str | None:
-        """Return whether the steps since were capped; an optimizer that never steps, or a hook that rewrites, shows here."""
+        """Return why the steps since were not capped: a hook that rewrites, or an optimizer that does not step."""
         if self._ceiling is None:
             return None
-        if self._defied is not None:
-            said = f"something raised the learning rate to {self._defied:g} inside the optimizer step, over the ceiling of {self._ceiling:g}"
-            self._defied = None
-            return said
-        if self._pending and not self._steps:
-            self._pending = False
-            return "this optimizer has not stepped since the ceiling was set: is it the one that trains?"
-        self._pending = self._pending and not self._steps
-        return None
+        if getattr(self._optimizer, _MARK, None) is not self:
+            return "another watchdog was attached to this optimizer since, and took its learning rate over"
+        if self._quiet > max(_QUIET, 4 * self._usual):
+            self._usual = self._quiet  # said again when it has lasted four times as long
+            return f"this optimizer has not stepped for {self._quiet} observations: is it the one that trains?"
+        said, self._trouble = self._trouble, ""
+        return said or None
 
     def detach(self) -> None:
         """Take the hooks off."""
+        self._put_back()
         for handle in self._handles:
             handle.remove()
 
-    def _limits(self) -> list[float]:
+    def _limit(self, index: int) -> float:
         assert self._ceiling is not None
-        largest = self.base()
-        shares = [base / largest if largest > 0 else 1.0 for base in self._bases]
-        shares += [1.0] * (len(self._optimizer.param_groups) - len(shares))  # groups added later
-        return [self._ceiling * share for share in shares]
+        for group in self._optimizer.param_groups[len(self._bases) :]:  # added since
+            self._bases.append(_base(group))
+        base = self._bases[index]
+        return self._ceiling * min(1.0, base / self._largest) if base > 0 and self._largest > 0 else self._ceiling
 
     def _lower(self) -> None:
-        if self._saved is not None:  # the last step raised before it was put back
-            self._put_back()
+        self._put_back()  # nothing is left, unless the last step raised where no guard could be placed
         if self._ceiling is None:
             return
-        self._saved = []
-        for group, limit in zip(self._optimizer.param_groups, self._limits(), strict=True):
-            rate = group["lr"]
+        for index, group in enumerate(self._optimizer.param_groups):
+            rate, limit = group["lr"], self._limit(index)
             if isinstance(rate, torch.Tensor):
-                self._saved.append((rate.clone(), limit))
-                rate.clamp_(max=limit)
+                own = rate.clone()
+                rate.copy_(torch.fmin(rate, torch.full_like(rate, limit)))  # fmin: the same
+                self._lowered.append(_Lowered(group, rate, own, rate.clone(), limit))
             else:
-                self._saved.append((rate, limit))
-                group["lr"] = min(rate, limit)
+                group["lr"] = min(limit, rate)  # in this order: the limit in place of NaN
+                self._lowered.append(_Lowered(group, rate, rate, group["lr"], limit))
+
+    def _stepped(self) -> None:
+        self._usual, self._quiet = max(self._usual, self._quiet), 0
+        for group, _, _, _, limit in self._lowered:
+            if float(group["lr"]) > limit * _SLACK:
+                self._trouble = (
+                    f"something raised the learning rate to {float(group['lr']):g} inside the optimizer step, "
+                    f"over the ceiling of {limit:g}"
+                )
+        self._put_back()
 
     def _put_back(self) -> None:
-        if self._saved is None:
-            return
-        for group, (own, limit) in zip(self._optimizer.param_groups, self._saved, strict=True):
-            rate = group["lr"]
-            if float(rate) > limit * (1 + 1e-6):
-                self._defied = float(rate)
-            if isinstance(rate, torch.Tensor):
+        """Undo `_lower`, last group first (two may share one tensor); what somebody else wrote since is theirs."""
+        while self._lowered:
+            group, rate, own, wrote, _ = self._lowered.pop()
+            if not isinstance(rate, torch.Tensor):
+                if group["lr"] == wrote:
+                    group["lr"] = own
+            elif torch.equal(rate, wrote):
                 rate.copy_(own)
-            else:
-                group["lr"] = own
-        self._saved = None
-        self._steps += 1
+
+    def _quietly(self, act: Callable[[], None]) -> None:
+        """Act inside the optimizer's step, where nothing of ours may raise."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - it is said on the next observation instead
+            self._trouble = f"the ceiling could not be applied: {type(error).__name__}: {error}"
+
+
+def _base(group: dict[str, Any]) -> float:
+    """Return the rate that a group's schedule starts from, or the one that it goes up to (one-cycle keeps it there)."""
+    return max(float(group.get("initial_lr", group["lr"])), float(group.get("max_lr", 0.0)))
+
+
+def _guard(optimizer: torch.optim.Optimizer) -> None:
+    """Put the rates back where a step raises: no post-hook runs then, and a scheduler may be next to read them."""
+    step = optimizer.step
+    bound = isinstance(step, MethodType)  # a scheduler that is made later expects a method, and leaves a function
+    inner = step.__func__ if isinstance(step, MethodType) else step
+
+    @functools.wraps(inner)
+    def guarded(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        try:
+            return inner(*args, **kwargs)
+        except BaseException:
+            ceiling = getattr(optimizer, _MARK)
+            ceiling._quietly(ceiling._put_back)  # noqa: SLF001
+            raise
+
+    setattr(optimizer, "step", MethodType(guarded, optimizer) if bound else guarded)  # noqa: B010 - for mypy

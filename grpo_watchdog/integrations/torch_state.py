@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,10 @@ import numpy as np
 import torch
 
 from grpo_watchdog.errors import CheckpointError, ConfigurationError
+from grpo_watchdog.integrations.torch_codec import decode, each, encode
+from grpo_watchdog.integrations.torch_finite import FiniteCheck
 
-_MODEL, _REST, _KIND = "model.pt", "training.pt", "__kind__"
+_REST, _CUDA = "training.pt", "rng.cuda"
 
 
 class Part(NamedTuple):
@@ -29,7 +30,8 @@ def part(name: str, owner: Any) -> Part:  # noqa: ANN401
 
     Args:
         name: what to call it.
-        owner: something with state_dict and load_state_dict, a torch or numpy Generator, or a (get, put) pair of functions.
+        owner: something with state_dict and load_state_dict, a random number generator of torch, numpy or Python, or
+            a (get, put) pair of functions.
 
     Raises:
         ConfigurationError: it is none of these, or its state holds something that cannot be stored.
@@ -39,30 +41,53 @@ def part(name: str, owner: Any) -> Part:  # noqa: ANN401
     elif isinstance(owner, np.random.Generator):
         bits = owner.bit_generator
         made = Part(name, lambda: bits.state, lambda state: setattr(bits, "state", state))
-    elif hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict"):
+    elif isinstance(owner, np.random.RandomState):
+        made = Part(name, lambda: owner.get_state(legacy=False), owner.set_state)
+    elif isinstance(owner, random.Random):
+        made = Part(name, owner.getstate, owner.setstate)
+    elif callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None)):
         made = Part(name, owner.state_dict, owner.load_state_dict)
     elif isinstance(owner, tuple) and len(owner) == 2 and all(map(callable, owner)):  # noqa: PLR2004
         made = Part(name, owner[0], owner[1])
     else:
         raise ConfigurationError(
-            f"{name} is a {type(owner).__name__}: it needs state_dict and load_state_dict, or be a torch or numpy Generator, "
-            "or a (get, put) pair of functions"
+            f"{name} is a {type(owner).__name__}: it needs state_dict and load_state_dict, or to be a random number "
+            "generator of torch, numpy or Python, or a (get, put) pair of functions"
         )
-    encode(made.get(), name)
+    try:
+        encode(made.get(), name)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"the state of {name} cannot be read: {type(error).__name__}: {error}") from error
     return made
 
 
 class TrainingState:
-    """Saves and restores a list of parts and all random number generators.
+    """Saves and restores a model, its optimizer, a list of parts and all random number generators.
+
+    `model.pt` and `optimizer.pt` hold what their `load_state_dict` takes, `training.pt` everything else by name,
+    encoded by `torch_codec`.
+
+    Gradients are no part of it: a restore drops them, before the parts are put back. A loop that takes checkpoints
+    amid gradient accumulation hands its gradients over as a part of its own.
 
     Args:
         model: its parameters and buffers go into a file of their own.
-        parts: optimizer, scheduler, scaler and whatever else; restored in this order.
+        optimizer: so does its state.
+        parts: scheduler, scaler and whatever else; restored in this order.
+        finite: decides whether a state is worth keeping.
     """
 
-    def __init__(self, model: torch.nn.Module, parts: Iterable[Part]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: Iterable[Part], finite: FiniteCheck
+    ) -> None:
         """Keep references; copy nothing."""
-        self._model = model
+        self._model, self._optimizer, self._finite = model, optimizer, finite
+        self._heavy = [
+            Part("model", model.state_dict, lambda state: model.load_state_dict(state, strict=True)),
+            Part("optimizer", optimizer.state_dict, optimizer.load_state_dict),
+        ]
         self._parts = [*parts, *_generators()]
 
     def save(self, folder: Path) -> None:
@@ -71,117 +96,68 @@ class TrainingState:
         Raises:
             CheckpointError: a parameter or an optimizer moment is not finite: such a state is not worth keeping.
         """
-        state = self._capture()
-        sick = first_nonfinite(_tensors(state, ""))
+        sick = self._finite.weights() or self._finite.moments()
         if sick:
             raise CheckpointError(f"{sick} is not finite: this state is not kept")
-        torch.save(state.pop("model"), folder / _MODEL)
-        torch.save(state, folder / _REST)
+        for p in self._heavy:
+            _write(_read(p), folder / f"{p.name}.pt")
+        _write({p.name: _read(p) for p in self._parts}, folder / _REST)
 
     def restore(self, folder: Path) -> None:
         """Put everything back, and drop the gradients that the sick model left.
 
         Raises:
-            CheckpointError: the files do not fit this training, or a part refused its state; then everything is as it was.
+            CheckpointError: the files do not fit this training, or a part refused its state; everything is as it was.
         """
         try:
-            wanted = torch.load(folder / _REST, map_location="cpu", weights_only=True)
-            wanted["model"] = torch.load(folder / _MODEL, map_location="cpu", weights_only=True)
+            # The large files by way of the host; what else there is comes back to the device that it was on.
+            wanted = {p.name: _load(folder / f"{p.name}.pt", "cpu") for p in self._heavy}
+            wanted |= _load(folder / _REST, None if torch.cuda.is_available() else "cpu")
+            self._fits(wanted)
+            wanted = {name: decode(state) for name, state in wanted.items()}
         except Exception as error:
-            raise CheckpointError(f"{folder.name} cannot be loaded: {type(error).__name__}: {error}") from error
-        self._fits(wanted, folder.name)
-        before = _copied(self._capture())
-        try:
-            self._put(wanted)
-        except Exception as error:
-            self._put(before)
-            raise CheckpointError(f"{folder.name} does not fit this training, nothing is changed: {error}") from error
-        for parameter in self._model.parameters():
+            raise CheckpointError(f"{folder.name} cannot be used: {_told(error)}") from error
+        before = {p.name: _copied(_read(p), "cpu") for p in self._heavy}
+        before |= {p.name: _copied(_read(p), None) for p in self._parts}
+        gradients = [(p, p.grad) for p in self._parameters()]
+        for parameter, _ in gradients:
             parameter.grad = None
+        try:
+            for p in (*self._heavy, *self._parts):
+                _put(p, wanted[p.name])
+        except BaseException as error:
+            lost = self._undo(before, gradients)
+            if not isinstance(error, Exception):
+                raise
+            raise CheckpointError(f"{folder.name} is not restored: {_told(error)}; {lost}") from error
 
-    def _capture(self) -> dict[str, Any]:
-        state = {p.name: encode(p.get(), p.name) for p in self._parts}
-        return {"model": dict(self._model.state_dict()), **state}
+    def _undo(self, before: Mapping[str, Any], gradients: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> str:
+        lost = []
+        for p in (*self._heavy, *self._parts):
+            try:
+                _put(p, decode(before[p.name]))
+            except Exception as error:  # noqa: BLE001 - the others are put back all the same
+                lost.append(_told(error))
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return f"and this is not as it was: {', '.join(lost)}" if lost else "everything is as it was"
 
-    def _put(self, state: Mapping[str, Any]) -> None:
-        self._model.load_state_dict(state["model"], strict=True)
-        for p in self._parts:
-            p.put(decode(state[p.name]))
+    def _parameters(self) -> list[torch.Tensor]:
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return list({id(p): p for p in (*self._model.parameters(), *held)}.values())
 
-    def _fits(self, wanted: Mapping[str, Any], name: str) -> None:
-        missing = [p.name for p in self._parts if p.name not in wanted]
-        live = self._model.state_dict()
-        if missing or set(live) != set(wanted["model"]):
-            what = missing or sorted(set(live) ^ set(wanted["model"]))[:3]
-            raise CheckpointError(f"{name} does not fit this training: {', '.join(map(str, what))} in only one of them")
-        for key, tensor in live.items():
-            if tensor.shape != wanted["model"][key].shape:
-                shapes = f"{tuple(wanted['model'][key].shape)} there, {tuple(tensor.shape)} here"
-                raise CheckpointError(f"{name} does not fit this training: {key} is {shapes}")
-
-
-def first_nonfinite(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the name of the first tensor that holds NaN or infinity, or "". One norm a tensor where all are finite."""
-    floats = [(n, t) for n, t in named if t.is_floating_point() and t.numel()]
-    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in floats:
-        by_kind.setdefault((tensor.device, tensor.dtype), []).append((name, tensor.detach()))
-    for group in by_kind.values():
-        norms = torch._foreach_norm([t for _, t in group])  # noqa: SLF001 - two orders faster than isfinite a tensor
-        if bool(torch.isfinite(torch.stack(list(norms)).sum())):
-            continue
-        for name, tensor in group:  # a norm may overflow where every element is finite
-            if not bool(torch.isfinite(tensor).all()):
-                return name
-    return ""
-
-
-def encode(value: Any, where: str) -> Any:  # noqa: ANN401
-    """Return a state as what `torch.load(weights_only=True)` takes back: numpy arrays and odd containers are tagged.
-
-    Raises:
-        ConfigurationError: something in it cannot be stored; says where it is.
-    """
-    if value is None or isinstance(value, bool | int | float | str | bytes | torch.Tensor):
-        return value if not isinstance(value, np.generic) else value.item()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return {_KIND: "ndarray", "dtype": str(value.dtype), "shape": list(value.shape), "data": value.tobytes()}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Counter | OrderedDict | dict):
-        items = {k: encode(v, f"{where}[{k!r}]") for k, v in value.items()}
-        return items if type(value) is dict else {_KIND: type(value).__name__, "items": items}
-    if isinstance(value, list | tuple | deque | set):
-        items_list = [encode(v, f"{where}[{i}]") for i, v in enumerate(value)]
-        if type(value) in (list, tuple):
-            return items_list if type(value) is list else tuple(items_list)
-        tail = {"maxlen": value.maxlen} if isinstance(value, deque) else {}
-        return {_KIND: type(value).__name__, "items": items_list, **tail}
-    raise ConfigurationError(
-        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold; allowed: numbers, text, bytes, None, tensors, numeric "
-        "numpy arrays, and dicts, lists, tuples, sets and deques of these"
-    )
-
-
-def decode(value: Any) -> Any:  # noqa: ANN401
-    """Return what `encode` was given."""
-    if isinstance(value, dict):
-        match value.get(_KIND):
-            case None:
-                return {k: decode(v) for k, v in value.items()}
-            case "ndarray":
-                return np.frombuffer(value["data"], dtype=value["dtype"]).reshape(value["shape"]).copy()
-            case "deque":
-                return deque(map(decode, value["items"]), maxlen=value["maxlen"])
-            case "set":
-                return set(map(decode, value["items"]))
-            case "Counter":
-                return Counter({k: decode(v) for k, v in value["items"].items()})
-            case _:
-                return OrderedDict((k, decode(v)) for k, v in value["items"].items())
-    if isinstance(value, list | tuple):
-        return type(value)(map(decode, value))
-    return value
+    def _fits(self, wanted: Mapping[str, Any]) -> None:
+        """Raise unless the checkpoint is of this training: the same parts, weights, shapes and types."""
+        one_sided = {p.name for p in (*self._heavy, *self._parts)} ^ set(wanted)
+        one_sided -= {_CUDA} if _CUDA in wanted else set()  # taken on a machine with a GPU, resumed on one without
+        live, there = encode(self._model.state_dict(), "model"), wanted["model"]
+        one_sided |= set(live) ^ set(there)
+        if one_sided:
+            names = ", ".join(sorted(map(str, one_sided))[:3])
+            raise CheckpointError(f"{names} in only one of the checkpoint and this training")
+        for key, mine in live.items():
+            if isinstance(mine, torch.Tensor) and _form(mine) != _form(there[key]):
+                raise CheckpointError(f"{key} is {_form(there[key])} in the checkpoint and {_form(mine)} here")
 
 
 def _generators() -> list[Part]:
@@ -191,26 +167,45 @@ def _generators() -> list[Part]:
         Part("rng.torch", torch.get_rng_state, torch.set_rng_state),
     ]
     if torch.cuda.is_available():
-        parts.append(Part("rng.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+        parts.append(Part(_CUDA, torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
     return parts
 
 
-def _tensors(value: Any, where: str) -> Iterable[tuple[str, torch.Tensor]]:  # noqa: ANN401
-    if isinstance(value, torch.Tensor):
-        yield where, value
-    elif isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _tensors(child, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for index, child in enumerate(value):
-            yield from _tensors(child, f"{where}[{index}]")
+def _read(p: Part) -> Any:  # noqa: ANN401
+    return encode(p.get(), p.name)
 
 
-def _copied(value: Any) -> Any:  # noqa: ANN401
+def _put(p: Part, state: Any) -> None:  # noqa: ANN401
+    try:
+        p.put(state)
+    except Exception as error:
+        raise CheckpointError(f"{p.name} refused its state: {type(error).__name__}: {error}") from error
+
+
+def _write(state: object, path: Path) -> None:
+    with path.open("wb") as file:  # opened here, so that a full disk is an OSError
+        torch.save(state, file)
+
+
+def _load(path: Path, device: str | None) -> Any:  # noqa: ANN401
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def _form(value: Any) -> str:  # noqa: ANN401
+    kind = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+    return f"{kind} of shape {tuple(getattr(value, 'shape', ()))}"
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _copied(value: Any, device: str | None) -> Any:  # noqa: ANN401
+    """Return an encoded state of its own, on the host where `device` says so."""
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return value.detach().to(value.device if device is None else device, copy=True)
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
+        return each(value, lambda _, child: _copied(child, device))
     if isinstance(value, list | tuple):
-        return type(value)(map(_copied, value))
+        return type(value)(_copied(v, device) for v in value)
     return value

@@ -1,0 +1,181 @@
+"""The command line. Exit codes of every command: 0 nothing above a notice, 10 warning, 20 critical,
+1 input or rulebook unusable, 2 usage. `replay` exits 1 where a decision differs; `demo` exits 0 when it ran.
+"""  # noqa: D205 - the codes are the summary
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_watchdog import examples
+from grpo_watchdog.errors import Problem, RulebookError, WatchdogError
+from grpo_watchdog.replay import replay
+from grpo_watchdog.reports import FORMATS, LANGUAGES, read_run
+from grpo_watchdog.rulebook import Rulebook, load, shipped
+
+EXIT = {"ok": 0, "notice": 0, "warning": 10, "critical": 20}
+UNUSABLE = 1
+_SHOWN = 20  # differences of a replay that are printed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except RulebookError as error:
+        print(error, file=sys.stderr)
+        return UNUSABLE
+    except WatchdogError as error:
+        print(f"grpo-watchdog: {error}", file=sys.stderr)
+        return UNUSABLE
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _report(options: argparse.Namespace) -> int:
+    run = read_run(options.run_dir)
+    rendered = FORMATS[options.format](run, options.lang)
+    if options.output is None:
+        print(rendered, end="")
+    else:
+        try:
+            options.output.write_text(rendered, encoding="utf-8")
+        except OSError as error:
+            raise WatchdogError(f"{options.output}: {error.strerror}") from error
+    return EXIT[run.verdict]
+
+
+def _replay(options: argparse.Namespace) -> int:
+    found = replay(options.run_dir)
+    if found.torn:
+        print("the journal's last line was torn (the process was killed) and is dropped")
+    for step, recorded, replayed in found.differences[:_SHOWN]:
+        print(
+            f"step {step} differs\n  recorded: {recorded or '(no decision)'}\n  replayed: {replayed or '(no decision)'}"
+        )
+    print(f"{found.steps} steps decided again, {found.decisions} decisions compared, {len(found.differences)} differ")
+    return UNUSABLE if found.differences else 0
+
+
+def _rules_list(options: argparse.Namespace) -> int:  # noqa: ARG001
+    for name in shipped():
+        book = load(name)
+        print(f"{name}\t{len(book.rules)} rules\t{book.title.en} / {book.title.zh}")
+    return 0
+
+
+def _rules_show(options: argparse.Namespace) -> int:
+    book = load(options.book)
+    print(f"{book.name}: {book.title.en} / {book.title.zh}\nsource: {book.source}\ndigest: {book.digest}\n")
+    for rule_id, rule in book.rules.items():
+        print(f"{rule_id} ({rule.kind}): {rule.title.en} / {rule.title.zh}\n  source: {rule.source}")
+        for rank, level in enumerate(rule.ladder, start=1):
+            doses = ", ".join(f"{name} {value:g}" if value is not True else name for name, value in level.do.items())
+            print(f"  level {rank}: {level.severity}{f'; does: {doses}' if doses else ''}")
+        if rule.causes:
+            print(f"  causes: {', '.join(rule.causes)}")
+    return 0
+
+
+def _each(options: argparse.Namespace) -> list[tuple[str, Rulebook]]:
+    """Return every rulebook that was named; all problems of all files at once."""
+    books, problems = list[tuple[str, Rulebook]](), list[Problem]()
+    for name in options.books:
+        try:
+            books.append((name, load(name)))
+        except RulebookError as error:
+            problems += error.problems
+    if problems:
+        raise RulebookError(problems)
+    return books
+
+
+def _rules_check(options: argparse.Namespace) -> int:
+    for name, book in _each(options):
+        print(f"{name}: good, {len(book.rules)} rules, {len(book.causes)} causes, digest {book.digest}")
+    return 0
+
+
+def _rules_test(options: argparse.Namespace) -> int:
+    failed = 0
+    for name, book in _each(options):
+        count, failures = examples.run(book)
+        failed += len(failures)
+        for failure in failures:
+            print(f"{name}: {failure}")
+        print(f"{name}: {count - len(failures)} of {count} examples as expected")
+    return UNUSABLE if failed else 0
+
+
+def _rules_schema(options: argparse.Namespace) -> int:  # noqa: ARG001
+    print(json.dumps(Rulebook.model_json_schema(by_alias=True), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from grpo_watchdog.lab.demo import main as demo  # noqa: PLC0415 - torch is slow to load, and only the demo needs it
+
+    demo(seed=options.seed, run_dir=options.run_dir, as_json=options.json, steps=options.steps)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="grpo-watchdog", description="A training-health watchdog for GRPO.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="watch a real run go wrong, unwatched and watched")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--steps", type=_above_zero, default=300, help="training steps of each run (default 300)")
+    demo.add_argument("--run-dir", type=Path, help="where the run folders go (default: runs/demo-seed<N>, made anew)")
+    demo.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="what happened in a run, why, and what to do next")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("--format", choices=FORMATS, default="text")
+    report.add_argument("--lang", choices=LANGUAGES, default="en")
+    report.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+    report.set_defaults(run=_report)
+
+    again = commands.add_parser("replay", help="decide a recorded run again and compare every decision")
+    again.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    again.set_defaults(run=_replay)
+
+    rules = commands.add_parser("rules", help="list, show, check and test rulebooks")
+    _rules_parser(rules.add_subparsers(required=True, metavar="WHAT"))
+    return parser
+
+
+def _rules_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands.add_parser("list", help="the rulebooks that come with the package").set_defaults(run=_rules_list)
+    show = commands.add_parser("show", help="what a rulebook says")
+    show.add_argument("book", metavar="BOOK")
+    show.set_defaults(run=_rules_show)
+    for name, run, text in (
+        ("check", _rules_check, "every problem of a rulebook, as file:line:column"),
+        ("test", _rules_test, "run the examples inside a rulebook"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("books", nargs="+", metavar="FILE", help="a path, or the name of a shipped rulebook")
+        command.set_defaults(run=run)
+    schema = commands.add_parser("schema", help="the JSON Schema of rulebooks, for editors")
+    schema.set_defaults(run=_rules_schema)
+
+
+def _above_zero(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

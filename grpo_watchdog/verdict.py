@@ -1,0 +1,237 @@
+"""Verdict: step -> findings -> incidents -> orders -> outcomes, in that order.
+
+The judge decides from what it is shown and nothing else: the same steps and outcomes give the same decisions, byte
+for byte, whether they come from a trainer or from a journal.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from grpo_watchdog import briefing, journal
+from grpo_watchdog.actions import Order, Outcome
+from grpo_watchdog.actuation import Actuator
+from grpo_watchdog.checkpoints import Ledger
+from grpo_watchdog.controls import Check
+from grpo_watchdog.diagnosis import Diagnosis, Incident
+from grpo_watchdog.findings import Blind, Finding, Findings
+from grpo_watchdog.metrics import Intake, Step
+from grpo_watchdog.plan import Planner
+from grpo_watchdog.rule import RANK
+from grpo_watchdog.rulebook import Rulebook
+
+_log = logging.getLogger("grpo_watchdog")
+_BLIND_EVERY = 100  # observations between looks at what cannot be seen
+
+
+class Verdict(NamedTuple):
+    """What one observation came to.
+
+    Attributes:
+        step: the step number that was given.
+        level: ok, notice, warning or critical: the worst that fires.
+        incidents: what is wrong, each with its root, evidence and likely causes; empty below a warning.
+        actions: what was done on this step, read back.
+        halt: whether the loop should break. Stays True once it is.
+        rolled_back_to: the step whose state was restored on this step, or None.
+        findings: every rule that fires, symptoms and notices included.
+        notices: what was said for the first time on this step.
+    """
+
+    step: int
+    level: str
+    incidents: tuple[Incident, ...] = ()
+    actions: tuple[Outcome, ...] = ()
+    halt: bool = False
+    rolled_back_to: int | None = None
+    findings: tuple[Finding, ...] = ()
+    notices: tuple[str, ...] = ()
+
+
+class Judge:
+    """Everything that the watchdog remembers, and the order in which it thinks.
+
+    Args:
+        book: the rulebook, its policy included.
+        actuator: the side that touches the trainer, or plays a journal back.
+        sink: where every entry goes.
+        intake: what turns raw metrics into steps.
+        bases: what each knob was set to at attach.
+        restorable: whether checkpoints can be taken and restored.
+        log: where interventions and notices are said.
+    """
+
+    def __init__(
+        self,
+        book: Rulebook,
+        actuator: Actuator,
+        sink: journal.Journal,
+        *,
+        intake: Intake,
+        bases: Mapping[str, float],
+        restorable: bool,
+        log: logging.Logger = _log,
+    ) -> None:
+        """Start with nothing seen."""
+        self._log = log
+        self._check_every = book.policy.check_every
+        self._actuator, self._journal = actuator, sink
+        self.intake = intake
+        self.findings = Findings(book)
+        self.diagnosis = Diagnosis(book, bases)
+        self.ledger = Ledger(book.policy.probation, book.policy.keep)
+        self.planner = Planner(book, bases, restorable=restorable)
+        self._ticks = 0
+        self._level = "ok"
+        self._checks: list[Check] = []
+        self._said_checks: set[str] = set()
+        self._blind: tuple[Blind, ...] = ()
+
+    def judge(self, seen: Step, notices: list[str]) -> Verdict:
+        """Decide one step, have it carried out, and return the verdict."""
+        number, values = seen
+        scheduled = bool(self._check_every) and self._ticks % self._check_every == 0
+        if scheduled:
+            values.update(self._actuator.measure())
+        self._ticks += 1
+        self._journal.append({"kind": "step", "step": number, "values": values}, flush=False)
+        findings = self.findings.detect(seen)
+        level = findings[0].severity if findings else "ok"
+        if scheduled or (level == "critical" and self._level != "critical"):
+            notices += self.inspect(number)
+        outcomes = self._read_back(number) if self.planner.doses else []
+        record: dict[str, Any] = {}
+        loud = RANK[level] >= RANK["warning"]
+        if loud or self.diagnosis.open:
+            opened, closed = self.diagnosis.diagnose(findings, values, self._checks, number)
+            record = {"opened": opened, "closed": closed}
+        incidents = tuple(self.diagnosis.open.values())
+        proven, gone = self.ledger.tick(healthy=not loud)
+        orders, effects = self.planner.plan(findings, values, self.ledger)
+        if orders or effects or proven or gone or level != self._level or any(record.values()):
+            record |= {"orders": orders, "effects": effects, "proven": proven, "gone": gone}
+            self._journal.append({"kind": "decision", "step": number, "level": level, **record})
+            self._actuator.settle_checkpoints(proven, gone)
+        if orders:
+            outcomes += self._carry_out(orders, seen, findings)
+        self._level = level
+        if self._ticks == 1 or self._ticks % _BLIND_EVERY == 0:
+            self.note_blind(number)
+        if notices:
+            self.note(number, notices)
+            level = "notice" if level == "ok" else level
+        back = next((o.after for o in outcomes if o.action == "rollback" and o.ok), None)
+        return Verdict(
+            number,
+            level,
+            incidents,
+            tuple(outcomes),
+            bool(self.planner.halted),
+            None if back is None else int(back),
+            findings,
+            tuple(notices),
+        )
+
+    def checkpoint(self, step: int) -> Outcome:
+        """Take a checkpoint because the loop asks for it."""
+        order = Order("checkpoint_now", None, "call", "asked for by the loop")
+        self._journal.append({"kind": "call", "step": step, "call": "checkpoint"})
+        outcome = self._actuator.execute([order], step)[0]
+        self._learn([outcome])
+        self.planner.settle([order], [outcome], (), {})
+        return outcome
+
+    def inspect(self, number: int | None) -> list[str]:
+        """Look at the model; return what failed and was not said before."""
+        self._checks = self._actuator.inspect()
+        if self._checks:
+            self._journal.append({"kind": "check", "step": number, "checks": self._checks})
+        failed = [f"model check {c.name}: {c.detail}" for c in self._checks if c.passed is False]
+        fresh = [text for text in failed if text not in self._said_checks]
+        self._said_checks.update(fresh)
+        return fresh
+
+    def note(self, number: int | None, notices: Sequence[str]) -> None:
+        """Write notices to the journal and the log."""
+        for text in notices:
+            self._journal.append({"kind": "notice", "step": number, "text": text})
+            self._log.warning("%s", text)
+
+    def note_blind(self, number: int | None) -> None:
+        """Write what cannot be seen, where it changed."""
+        blind = self.findings.blind()
+        if blind != self._blind:
+            self._blind = blind
+            self._journal.append({"kind": "blind", "step": number, "rules": blind})
+
+    def note_state(self) -> None:
+        """Write what a later session goes on from."""
+        proven = [checkpoint.step for checkpoint in self.ledger.proven()]
+        self._journal.append({"kind": "state", "planner": self.planner.state_dict(), "proven": proven})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that is remembered, as JSON-able values."""
+        return {
+            "findings": self.findings.state_dict(),
+            "diagnosis": self.diagnosis.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "planner": self.planner.state_dict(),
+            "intake": self.intake.state_dict(),
+            "ticks": self._ticks,
+            "level": self._level,
+            "checks": [list(c) for c in self._checks],
+            "said_checks": sorted(self._said_checks),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.findings.load_state_dict(state["findings"])
+        self.diagnosis.load_state_dict(state["diagnosis"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.planner.load_state_dict(state["planner"])
+        self.intake.load_state_dict(state["intake"])
+        self._ticks, self._level = state["ticks"], state["level"]
+        self._checks = [Check(*c) for c in state["checks"]]
+        self._said_checks = set(state["said_checks"])
+
+    def _carry_out(self, orders: Sequence[Order], seen: Step, findings: Sequence[Finding]) -> list[Outcome]:
+        """Execute, learn from the outcomes, and execute what follows from them."""
+        done: list[Outcome] = []
+        while orders:
+            outcomes = self._actuator.execute(orders, seen.number)
+            self._learn(outcomes)
+            done += outcomes
+            orders = self.planner.settle(orders, outcomes, findings, seen.values)
+        if any(outcome.action != "checkpoint_now" for outcome in done):
+            self.note_state()
+        if self.planner.halted:
+            self.note_blind(seen.number)
+        return done
+
+    def _learn(self, outcomes: Sequence[Outcome]) -> None:
+        """Write the outcomes down, and bring the watchdog's own state in line with the trainer's."""
+        for outcome in outcomes:
+            self._journal.append({"kind": "outcome", **outcome.as_json()})
+            quiet = outcome.ok and outcome.action == "checkpoint_now"
+            self._log.log(logging.DEBUG if quiet else logging.WARNING, "%s", briefing.sentence(outcome))
+            if outcome.action == "checkpoint_now" and outcome.ok:
+                self.ledger.add(outcome.detail, outcome.step, self.findings.state_dict())
+            elif outcome.action == "rollback" and outcome.ok and outcome.after is not None:
+                self._rolled_back(outcome.detail, int(outcome.after))
+
+    def _rolled_back(self, checkpoint: str, step: int) -> None:
+        target = next(c for c in self.ledger.entries if c.id == checkpoint)
+        newer = [c.id for c in self.ledger.entries if c.id > checkpoint and not c.proven]
+        self.ledger.drop(newer)
+        self._actuator.settle_checkpoints([], newer)
+        self.findings.load_state_dict(target.memory)
+        self.intake.rewind(step)
+
+    def _read_back(self, number: int) -> list[Outcome]:
+        outcomes = self._actuator.check({name: dose.rule for name, dose in self.planner.doses.items()}, number)
+        for outcome in outcomes:
+            self._journal.append({"kind": "held", **outcome.as_json()})
+            self._log.warning("%s", briefing.sentence(outcome))
+        return outcomes

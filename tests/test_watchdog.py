@@ -1,0 +1,340 @@
+"""What the watchdog does over a run: doses, rollbacks, budgets, recovery, resuming; through observe only."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import grpo_watchdog as gw
+from fakes import HEALTHY, FakeControls
+from grpo_watchdog.controls import Check, DialKnob, dial
+
+SICK = {**HEALTHY, "log_ratio": 25.0}
+FIRST_BAND = {**HEALTHY, "log_ratio": 6.0}
+
+
+def started(folder: Path, controls: FakeControls | None = None, **options: Any) -> tuple[gw.Watchdog, FakeControls]:
+    controls = controls or FakeControls()
+    options = {"checkpoint_every": 10, "probation": 5, **options}
+    return gw.Watchdog("documented", controls, folder / "run", **options), controls
+
+
+def feed(dog: gw.Watchdog, controls: FakeControls, row: dict[str, float], steps: range) -> list[gw.Verdict]:
+    verdicts = []
+    for step in steps:
+        controls.weights = float(step)
+        verdicts.append(dog.observe(step, row))
+    return verdicts
+
+
+def names(verdict: gw.Verdict) -> list[str]:
+    return [outcome.action for outcome in verdict.actions]
+
+
+def test_the_third_band_rolls_back_to_the_newest_proven_checkpoint_and_goes_on_with_its_doses(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, HEALTHY, range(33))
+    verdict = feed(dog, controls, SICK, range(33, 34))[0]
+    assert verdict.level == "critical"
+    assert not verdict.halt
+    assert names(verdict) == ["rollback", "lower_learning_rate", "raise_kl_coef"]
+    assert verdict.rolled_back_to == 20  # 30 was taken, but only 3 healthy observations followed
+    assert controls.weights == 20.0
+    assert controls.settings == {"learning_rate": 1e-7, "kl_coef": 2.0, "clip_epsilon": 0.2}
+    assert feed(dog, controls, HEALTHY, range(34, 35))[0].level == "ok"
+
+
+def test_steps_may_start_again_after_a_rollback(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, HEALTHY, range(33))
+    back = feed(dog, controls, SICK, range(33, 34))[0].rolled_back_to
+    assert back == 20
+    assert not feed(dog, controls, HEALTHY, range(21, 40))[0].notices
+    assert any("went back" in text for text in dog.observe(3, HEALTHY).notices)
+
+
+def test_trouble_soon_after_a_rollback_goes_deeper_and_halts_where_nothing_is_deeper(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, rollback_budget=5)
+    feed(dog, controls, HEALTHY, range(33))
+    verdicts = feed(dog, controls, SICK, range(33, 37))
+    assert [v.rolled_back_to for v in verdicts] == [20, 10, 0, 20]
+    assert [v.halt for v in verdicts] == [False, False, False, True]
+    assert "no older checkpoint is proven" in dog.halted
+
+
+def test_the_budget_of_rollbacks_ends_in_a_halt_at_the_restored_state(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, rollback_budget=1, recur_within=0)
+    feed(dog, controls, HEALTHY, range(33))
+    assert not feed(dog, controls, SICK, range(33, 34))[0].halt
+    feed(dog, controls, HEALTHY, range(34, 60))
+    last = feed(dog, controls, SICK, range(60, 61))[0]
+    assert last.halt
+    assert "all 1 rollbacks" in dog.halted
+    assert last.rolled_back_to is not None
+    assert controls.weights == float(last.rolled_back_to)
+    assert all(v.halt and not v.actions for v in feed(dog, controls, HEALTHY, range(61, 70)))
+
+
+def test_on_divergence_halt_restores_and_halts(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, on_divergence="halt")
+    feed(dog, controls, HEALTHY, range(20))
+    verdict = feed(dog, controls, SICK, range(20, 21))[0]
+    assert verdict.halt
+    assert verdict.rolled_back_to == controls.weights == 10
+    assert dog.halted.endswith("on_divergence is halt")
+
+
+def test_without_a_proven_checkpoint_the_run_halts_and_nothing_is_restored(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, HEALTHY, range(3))
+    verdict = feed(dog, controls, SICK, range(3, 4))[0]
+    assert verdict.halt
+    assert verdict.rolled_back_to is None
+    assert controls.weights == 3.0
+    assert "no checkpoint is proven yet" in dog.halted
+
+
+def test_a_warning_discards_the_checkpoints_that_are_not_yet_proven(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, HEALTHY, range(22))  # 20 is a candidate
+    feed(dog, controls, FIRST_BAND, range(22, 23))
+    feed(dog, controls, HEALTHY, range(23, 60))
+    kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert not any(name.endswith("step-20") for name in kept)
+
+
+def test_doses_are_lifted_after_recover_after_healthy_observations_and_later_each_time(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, recover_after=20)
+    spans = []
+    step = 0
+    for _ in range(3):
+        feed(dog, controls, FIRST_BAND, range(step, step + 3))
+        assert controls.settings == {"learning_rate": 1e-6, "kl_coef": 0.5, "clip_epsilon": 0.2}
+        begun = step + 3
+        step = begun
+        while controls.settings["learning_rate"] != 1e-5:
+            feed(dog, controls, HEALTHY, range(step, step + 1))
+            step += 1
+        assert controls.settings == {"learning_rate": 1e-5, "kl_coef": 0.1, "clip_epsilon": 0.2}
+        spans.append(step - begun)
+    assert spans[0] < spans[1] < spans[2]
+    assert spans[1] - spans[0] == 20
+
+
+def test_a_kl_dose_that_does_not_lower_the_kl_is_taken_back_with_the_reason(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, effect_within=5, cooldown=8)
+    verdicts = [dog.observe(step, {**FIRST_BAND, "log_ratio": 6.0 + step / 10}) for step in range(20)]
+    changes = [(v.step, o.action, o.after) for v in verdicts for o in v.actions if "kl" in o.action]
+    assert changes == [
+        (0, "raise_kl_coef", 0.5),
+        (5, "restore_kl_coef", 0.1),
+        (13, "raise_kl_coef", 0.5),
+        (18, "restore_kl_coef", 0.1),
+    ]
+    assert controls.settings["learning_rate"] == 1e-6
+    reason = next(o.reason for v in verdicts for o in v.actions if o.action == "restore_kl_coef")
+    assert "did not fall" in reason
+
+
+def test_a_higher_band_overrides_the_cooldown_of_a_dose_that_was_taken_back(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, effect_within=5, cooldown=1000)
+    for step in range(8):
+        dog.observe(step, {**FIRST_BAND, "log_ratio": 6.0 + step / 10})
+    assert controls.settings["kl_coef"] == 0.1
+    dog.observe(8, {**HEALTHY, "log_ratio": 12.0})
+    assert controls.settings["kl_coef"] == 1.0
+
+
+def test_a_missing_knob_is_said_at_attach_and_its_dose_left_out(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, FakeControls(without=("kl_coef",)))
+    assert any("no kl_coef knob" in line and "raise_kl_coef cannot be given" in line for line in dog.briefing)
+    assert names(feed(dog, controls, FIRST_BAND, range(1))[0]) == ["lower_learning_rate"]
+
+
+def test_a_base_far_from_the_documents_is_said_at_attach_and_scaled_targets_say_what_they_do(tmp_path: Path) -> None:
+    absolute = gw.Watchdog("documented", FakeControls(learning_rate=3e-4), tmp_path / "absolute")
+    assert any("learning_rate is 0.0003, the document's 1e-05" in line for line in absolute.briefing)
+    assert any("learning_rate 0.0003 to 1e-06" in line for line in absolute.briefing)
+    scaled = gw.Watchdog("documented", FakeControls(learning_rate=3e-4), tmp_path / "scaled", targets="scaled")
+    assert any("learning_rate 0.0003 to 3e-05, kl_coef 0.1 to 0.5" in line for line in scaled.briefing)
+    assert not any("the document's" in line for line in scaled.briefing)
+
+
+@pytest.mark.parametrize("fault", ["restore", "save", "inspect"])
+def test_a_trainer_that_fails_under_us_is_an_outcome_or_a_halt_never_an_exception(tmp_path: Path, fault: str) -> None:
+    dog, controls = started(tmp_path)
+    if fault == "save":
+        controls.fail.add(fault)
+    feed(dog, controls, HEALTHY, range(33))
+    controls.fail.add(fault)
+    verdict = feed(dog, controls, SICK, range(33, 34))[0]
+    if fault == "inspect":
+        assert not verdict.halt
+        return
+    assert verdict.halt
+    assert controls.weights == 33.0
+    failed = [o for o in verdict.actions if not o.ok]
+    assert ("the fake cannot restore" in failed[0].detail) if fault == "restore" else not failed
+
+
+def test_a_knob_whose_setter_raises_is_a_failed_outcome(tmp_path: Path) -> None:
+    class Stuck:
+        beta = 0.1
+        broken = False
+
+        def write(self, value: float) -> None:
+            if self.broken:
+                raise RuntimeError("frozen")
+            self.beta = value
+
+    stuck, controls = Stuck(), FakeControls(without=("kl_coef",))
+    controls.knobs["kl_coef"] = DialKnob(dial((lambda: stuck.beta, stuck.write), "kl_coef"), "max")
+    dog, _ = started(tmp_path, controls)
+    stuck.broken = True
+    verdict = dog.observe(0, FIRST_BAND)
+    failed = next(o for o in verdict.actions if o.action == "raise_kl_coef")
+    assert not failed.ok
+    assert "frozen" in failed.detail
+
+
+def test_somebody_who_overwrites_a_held_knob_is_named_and_overruled(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, FIRST_BAND, range(1))
+    controls.settings["kl_coef"] = 0.05  # an adaptive controller, say
+    verdict = feed(dog, controls, FIRST_BAND, range(1, 2))[0]
+    told = next(o for o in verdict.actions if o.action == "raise_kl_coef")
+    assert not told.ok
+    assert "somebody set it to 0.05" in told.detail
+    assert controls.settings["kl_coef"] == 0.5
+
+
+def test_a_failed_model_check_is_a_notice_once_and_evidence_in_the_incident(tmp_path: Path) -> None:
+    controls = FakeControls()
+    controls.checks = [Check("reference", passed=False, detail="the reference: it is not frozen")]
+    dog, _ = started(tmp_path, controls, probation=1, checkpoint_every=1)
+    feed(dog, controls, HEALTHY, range(5))
+    verdict = feed(dog, controls, SICK, range(5, 6))[0]
+    assert verdict.incidents[0].causes[0].cause == "reference_not_frozen"
+    assert verdict.incidents[0].causes[0].supported == ("the reference: it is not frozen",)
+    assert [c.name for c in verdict.incidents[0].checks] == ["reference"]
+
+
+def test_one_divergence_is_one_incident_though_its_root_deepens() -> None:
+    dog = gw.Watchdog("documented")
+    ids = set()
+    ramp = [0.5, 1.5, 2.0, 3.0, 4.5, 6.0, 11.0, 9.0, 6.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    for step, size in enumerate(ramp):
+        row = {
+            "kl_penalty": size,
+            "log_ratio": size,
+            "mean_ratio": math.exp(size),
+            "loss": size**3,
+            "policy_loss": size**2,
+        }
+        verdict = dog.observe(step, row)
+        assert len(verdict.incidents) <= 1, [i.rule for i in verdict.incidents]
+        ids |= {incident.id for incident in verdict.incidents}
+        if size == 11.0:
+            assert verdict.incidents[0].rule == "log_ratio"
+            assert verdict.incidents[0].since == 1
+    assert ids == {1}
+
+
+def test_an_error_inside_the_watchdog_is_a_notice_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    dog = gw.Watchdog("documented")
+    monkeypatch.setattr("grpo_watchdog.plan.Planner.plan", lambda *_: 1 / 0)
+    with caplog.at_level(logging.ERROR, "grpo_watchdog"):
+        verdict = dog.observe(0, HEALTHY)
+    assert verdict.level == "notice"
+    assert "division by zero" in verdict.notices[0]
+
+
+def test_a_listener_that_fails_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    calls = []
+
+    def listener(step: gw.Step, verdict: gw.Verdict) -> None:  # noqa: ARG001
+        calls.append(step.number)
+        raise ValueError("no")
+
+    dog = gw.Watchdog("documented", listeners=[listener])
+    with caplog.at_level(logging.ERROR, "grpo_watchdog"):
+        dog.observe(0, HEALTHY)
+        dog.observe(1, HEALTHY)
+    assert calls == [0]
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_untouched(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, HEALTHY, range(5))
+    dog.close()
+    before = (tmp_path / "run/journal.jsonl").read_bytes()
+    with pytest.raises(gw.ConfigurationError, match="already holds a run: pass resume=True"):
+        started(tmp_path)
+    assert (tmp_path / "run/journal.jsonl").read_bytes() == before
+    with pytest.raises(gw.ConfigurationError, match="holds no run"):
+        gw.Watchdog("documented", FakeControls(), tmp_path / "other", resume=True)
+
+
+def test_a_halted_run_is_resumed_from_its_checkpoint_with_its_doses(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, on_divergence="halt")
+    feed(dog, controls, HEALTHY, range(33))
+    assert feed(dog, controls, SICK, range(33, 34))[0].halt
+    del dog  # the process ends without close
+
+    fresh = FakeControls()
+    again, _ = started(tmp_path, fresh, resume=True)
+    assert again.resumed_from == 20
+    assert fresh.weights == 20.0
+    assert fresh.settings == {"learning_rate": 1e-7, "kl_coef": 2.0, "clip_epsilon": 0.2}
+    assert not again.halted
+    assert feed(again, fresh, HEALTHY, range(21, 22))[0].level == "ok"
+    again.close()
+    assert not gw.replay(tmp_path / "run").differences
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"probaton": 3}, "did you mean probation"),
+        ({"probation": 0}, "probation"),
+        ({"on_divergence": "explode"}, "rollback"),
+        ({"ratio_to": "sampler"}, "allowed: reference, old"),
+        ({"dims": 0}, "dims is 0"),
+        ({"rules": "documentd"}, "did you mean documented"),
+    ],
+)
+def test_bad_options_say_what_is_allowed(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(gw.ConfigurationError, match=said):
+        gw.Watchdog(**options)
+
+
+def test_the_ratio_to_the_old_policy_never_meets_the_drift_from_the_reference() -> None:
+    row = {"mean_log_prob_current": -100.0, "mean_log_prob_ref": -160.0, "mean_ratio": 1.0}
+    assert gw.Watchdog("documented").observe(0, row).level == "critical"
+    dog = gw.Watchdog("documented", ratio_to="old")
+    assert dog.observe(0, row).level == "ok"
+    assert "log_ratio" in {b.rule for b in dog.blind()}
+
+
+def test_blindness_is_named_with_its_reason() -> None:
+    dog = gw.Watchdog("documented")
+    for step in range(200):
+        dog.observe(step, {"log_ratio": 0.0, "mean_ratio": 1.0 + step / 1000})
+    blind = {b.rule: b.reason for b in dog.blind()}
+    assert blind["loss"] == "never given"
+    assert blind["log_ratio"].startswith("frozen: log_ratio = 0")
+    assert "mean_ratio" not in blind
+
+
+def test_many_dimensions_get_a_word_about_the_unit(tmp_path: Path) -> None:
+    dog = gw.Watchdog("documented", run_dir=tmp_path / "run", dims=263 * 196 * 50)
+    assert any("2,577,400 dimensions" in line for line in dog.briefing)
+    dog.observe(0, {"mean_log_prob_current": -2577400.0, "mean_log_prob_ref": -2577401.0})
+    dog.close()
+    assert gw.read_run(tmp_path / "run").frame()["log_prob_per_dim"].tolist() == [-1.0]
