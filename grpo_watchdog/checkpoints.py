@@ -128,6 +128,7 @@ class Vault:
         temporary = self.folder / f".writing-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint_id = self._next_id(step)
             self._sweep()
             temporary.mkdir()
             write(temporary)
@@ -138,7 +139,6 @@ class Vault:
             for path in temporary.iterdir():
                 _sync(path)
             _sync(temporary)
-            checkpoint_id = self._next_id(step)
             temporary.rename(self.folder / checkpoint_id)
             self._saved.add(checkpoint_id)
             _sync(self.folder)

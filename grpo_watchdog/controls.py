@@ -25,12 +25,11 @@ class Dial(NamedTuple):
 def attr(owner: object, name: str) -> Dial:
     """Return the dial for an attribute that the trainer reads on every step: `gw.attr(config, "beta")`.
 
-    Args:
-        owner: the object that the training loop really reads (a copy of it turns nothing).
-        name: the attribute; a float, an int or a 0-d tensor or array (which is then filled in place).
+    `owner` is the object that the training loop really reads (a copy of it turns nothing); the attribute is a
+    float, an int or a 0-d tensor or array (which is then filled in place).
 
     Raises:
-        ConfigurationError: `owner` has no such attribute.
+        ConfigurationError: there is no such attribute.
     """
     try:
         first = getattr(owner, name)
@@ -54,26 +53,27 @@ def _place(get: Callable[[], Any], put: Callable[[Any], None], first: Any, where
 
     def write(value: float) -> None:
         now = get()
-        if hasattr(now, "fill_"):
-            if not now.is_floating_point():
-                raise TypeError(f"a tensor of type {now.dtype} holds no fractions")
-            now.data.fill_(value)
-        elif hasattr(now, "fill") and hasattr(now, "dtype"):
-            if now.dtype.kind not in "fV":
-                raise TypeError(f"an array of type {now.dtype} holds no fractions")
-            now.fill(value)
-        else:  # the user's own object where it is the user's own value: an int stays an int
-            put(first if isinstance(first, int | float) and value == first else value)
+        if hasattr(now, "dtype") and hasattr(now, "__setitem__"):
+            if "float" not in str(now.dtype):
+                raise TypeError(f"a {type(now).__name__} of type {now.dtype} holds no fractions")
+            (now.data if hasattr(now, "fill_") else now)[...] = value  # under autograd's nose
+        else:  # the user's own value is of the user's own type: an int stays an int
+            put(first if type(first) is not float and _number(first) == value else value)
 
-    return Dial(lambda: float(get()), write, where)
+    return Dial(lambda: _number(get()), write, where)
+
+
+def _number(value: Any) -> float:  # noqa: ANN401
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{value!r} is text, not a number")
+    return float(value.detach() if hasattr(value, "detach") else value)
 
 
 def dial(spec: Dial | tuple[Callable[[], float], Callable[[float], None]], name: str) -> Dial:
     """Return a working dial for what a user handed over as `name`, tried once without changing anything.
 
     Raises:
-        ConfigurationError: it is neither a Dial nor a (read, write) pair, cannot be read as a finite
-            number, or cannot be written (a frozen dataclass, say).
+        ConfigurationError: it is no Dial or (read, write) pair, not a finite number, or not to be written.
     """
     if isinstance(spec, tuple) and len(spec) == 2 and all(map(callable, spec)):  # noqa: PLR2004
         spec = Dial(spec[0], spec[1], name)
@@ -83,7 +83,7 @@ def dial(spec: Dial | tuple[Callable[[], float], Callable[[float], None]], name:
             f"not {spec!r}: a plain number cannot be turned while the trainer runs"
         )
     try:
-        now = float(spec.read())
+        now = _number(spec.read())
         if math.isfinite(now):
             spec.write(now)
     except Exception as error:
@@ -139,7 +139,7 @@ class DialKnob:
 
     def read(self) -> float:
         """Return the value in force."""
-        return float(self._dial.read())
+        return _number(self._dial.read())
 
     def base(self) -> float:
         """Return the value at attach."""
@@ -173,7 +173,7 @@ class DialKnob:
         self._overwritten += 1
         if self._overwritten & (self._overwritten - 1):
             return None
-        times = "" if self._overwritten == 1 else f" (for the {self._overwritten}th time)"
+        times = f" (for the {self._overwritten}th time)" if self._overwritten > 1 else ""
         return f"{self.where} was {wrote:g} and somebody set it to {now:g}: held at {self._wrote:g} again{times}"
 
     def _apply(self, limit: float) -> None:
@@ -238,10 +238,9 @@ class NoControls:
     restorable = False
 
     def save(self, folder: Path) -> None:
-        """Do nothing: never called, since `restorable` is False."""
+        """Do nothing: never called, since it is not `restorable`."""
 
-    def restore(self, folder: Path) -> None:
-        """Do nothing: never called, since `restorable` is False."""
+    restore = save
 
     def inspect(self) -> list[Check]:
         """Return nothing."""

@@ -52,6 +52,11 @@ def references(page: Page) -> list[Problem]:
     return problems
 
 
+def sentence(message: str) -> str:
+    """Return pydantic's message as the second half of one of ours."""
+    return f"{message[0].lower()}{message[1:]}".removeprefix("input ")
+
+
 def _problem(fault: ErrorDetails, page: Page, schema: dict[str, Any]) -> Problem | None:
     """Return a fault with its place, in words; None where a problem of the page itself is behind it."""
     loc, kind = fault["loc"], fault["type"]
@@ -82,7 +87,7 @@ def _problem(fault: ErrorDetails, page: Page, schema: dict[str, Any]) -> Problem
         case _ if given is None and key[:1] in (("rules",), ("causes",)) and len(key) == 2:  # noqa: PLR2004
             message = "null leaves out what an extended rulebook has, and there is no such thing"
         case _:
-            message = f"{fault['msg'][0].lower()}{fault['msg'][1:]}{tail}".removeprefix("input ")
+            message = sentence(fault["msg"]) + tail
     if last == "[key]":
         place = page.places.word(key)
     return Problem(*place, f"{name}: {message}")

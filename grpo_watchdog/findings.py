@@ -106,7 +106,7 @@ class Watch:
         rank = reading.rank
         if not rank and not self.active:
             return False
-        if rank == self.held == reading.sticky and not self.loud and not any(self.below[:rank]):
+        if rank and rank == self.held == reading.sticky and not self.loud and not any(self.below[:rank]):
             return False  # a notice that simply goes on
         return self._advance(reading, step)
 
@@ -226,6 +226,7 @@ class Findings:
         return {
             "watches": {w.rule_id: w.state_dict() for w in self._watches},
             "observations": self._observations,
+            "last": dict(self._last),
             "sampled": dict(self._sampled),
             "unchanged": dict(self._unchanged),
         }
@@ -235,7 +236,7 @@ class Findings:
         for watch in self._watches:
             if watch.rule_id in state["watches"]:
                 watch.load_state_dict(state["watches"][watch.rule_id])
-        self._observations = state["observations"]
+        self._observations, self._last = state["observations"], dict(state["last"])
         self._sampled, self._unchanged = dict(state["sampled"]), dict(state["unchanged"])
         self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
 

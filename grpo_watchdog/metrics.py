@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from grpo_watchdog.scalars import Say, read_all, shown
@@ -188,12 +188,14 @@ def _whole(step: Any) -> int:  # noqa: ANN401
         return operator.index(step)
     except Exception:
         value = step.item() if hasattr(step, "item") else step
-        if isinstance(value, float) and value.is_integer():
+        if isinstance(value, int | float) and value == int(value):
             return int(value)
         raise
 
 
-def _items(metrics: object, say: Say) -> list[tuple[object, object]]:
+def _items(metrics: object, say: Say) -> Iterable[tuple[object, object]]:
+    if type(metrics) is dict:
+        return metrics.items()
     try:
         return [(name, value) for name, value in metrics.items()]  # type: ignore[attr-defined]
     except Exception as error:  # noqa: BLE001

@@ -27,6 +27,7 @@ class Page:
         places: where each piece of it stands, in whichever file.
         problems: what is wrong with the files as such.
         spoiled: keys whose values say nothing because of these problems.
+        removed: keys that a page set to null.
     """
 
     def __init__(self, data: dict[str, Any], places: Places) -> None:
@@ -34,6 +35,7 @@ class Page:
         self.data, self.places = data, places
         self.problems: list[Problem] = []
         self.spoiled: set[Key] = set()
+        self.removed: set[Key] = set()
 
 
 def shipped() -> list[str]:
@@ -118,6 +120,8 @@ def _overlay(below: Page, above: Page, key: Key, under: dict[str, Any], over: di
             _overlay(below, above, at, under[name], value)
         elif value is None and name in under and at not in above.spoiled:
             del under[name]
+            below.removed.add(at)
         else:
             under[name] = value
+            below.removed.discard(at)
             below.places.graft(at, above.places)

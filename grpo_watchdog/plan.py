@@ -86,6 +86,7 @@ class Planner:
         self._lifted: set[str] = set()
         self._locked: dict[str, tuple[int, int]] = {}  # action -> (until, unless the rank is above)
         self._rollbacks: list[tuple[int, str]] = []  # (observation, checkpoint id)
+        self._once: set[str] = set()  # "rule/rank/action" of what was done once and is not done again
         self._interval = self._policy.checkpoint_every
         self._last_checkpoint = -self._interval  # the first one is due at once
         self.doses: dict[str, Dose] = {}
@@ -105,6 +106,7 @@ class Planner:
             return self._due_checkpoint(), []
         effects, orders = self._effects(values)
         wants = wanted(self._book, findings)
+        self._once = {key for key in self._once if key.split("/")[0] in {f.rule for f in findings}}
         if "rollback" in wants:
             orders += self._diverged(wants["rollback"], ledger)
         orders += [o for name in ACTIONS if name in wants and (o := self._order(name, wants[name])) is not None]
@@ -145,12 +147,13 @@ class Planner:
             "locked": {k: list(v) for k, v in self._locked.items()}, "rollbacks": [list(r) for r in self._rollbacks],
             "interval": self._interval, "last_checkpoint": self._last_checkpoint,
             "doses": {k: list(v) for k, v in self.doses.items()}, "halted": self.halted,
+            "once": sorted(self._once),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._now, self._healthy, self._patience = state["now"], state["healthy"], state["patience"]
-        self._lifted, self.halted = set(state["lifted"]), state["halted"]
+        self._lifted, self._once, self.halted = set(state["lifted"]), set(state["once"]), state["halted"]
         self._locked = {k: (v[0], v[1]) for k, v in state["locked"].items()}
         self._rollbacks = [(r[0], r[1]) for r in state["rollbacks"]]
         self._interval, self._last_checkpoint = state["interval"], state["last_checkpoint"]
@@ -164,8 +167,10 @@ class Planner:
         if name == "rollback":
             return None
         action = KNOB_ACTIONS.get(name)
-        if action is None:
-            fresh = name == "halt" or self._interval == self._policy.checkpoint_every
+        if action is None:  # done once each time that a rule reaches a level, not on every step that it stays there
+            key = f"{want.rule}/{want.rank}/{name}"
+            fresh = key not in self._once
+            self._once.add(key)
             return Order(name, want.target, want.rule, want.reason) if fresh else None
         if action.knob not in self._bases:
             return None
@@ -215,7 +220,7 @@ class Planner:
             if self._now - dose.given != self._policy.effect_within or after is None:
                 continue
             helped = abs(after) < dose.value or (math.isfinite(after) and not math.isfinite(dose.value))
-            effects.append(Effect(name, dose.rule, dose.metric, dose.value, after, helped))
+            effects.append(Effect(name, dose.rule, dose.metric, dose.value, abs(after), helped))
             if name == "raise_kl_coef" and not helped:
                 self._locked[name] = (self._now + self._policy.cooldown, dose.rank)
                 fell = f"|{dose.metric}| did not fall ({dose.value:.4g} to {abs(after):.4g})"
@@ -224,11 +229,11 @@ class Planner:
         return effects, orders
 
     def _note_dose(self, order: Order, outcome: Outcome, rank: int, values: Mapping[str, float]) -> None:
-        if order.release:
+        if order.release and outcome.ok:
             self.doses.pop(order.action, None)
             if self._healthy >= self._policy.recover_after * self._patience:
                 self._lifted.add(order.action)
-        elif outcome.ok and order.target is not None:
+        elif not order.release and outcome.ok and order.target is not None:
             if order.action in self._lifted:  # it was let go too early: be slower next time
                 self._lifted.clear()
                 self._patience = min(2 * self._patience, _MOST_PATIENCE)

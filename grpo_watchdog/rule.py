@@ -61,7 +61,7 @@ else:
 class Model(BaseModel):
     """Strict about names: a field that nobody knows is a mistake, not a comment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)  # keeps the import light
 
 
 class Text(Model):

@@ -19,7 +19,7 @@ from grpo_watchdog import pages
 from grpo_watchdog.actions import KNOB_ACTIONS
 from grpo_watchdog.detectors import AnyRule
 from grpo_watchdog.errors import ConfigurationError, Problem, RulebookError
-from grpo_watchdog.faults import problems_of, references
+from grpo_watchdog.faults import problems_of, references, sentence
 from grpo_watchdog.pages import shipped
 from grpo_watchdog.rule import MetricName, Model, Number, Positive, Text, no_such
 from grpo_watchdog.scalars import shown
@@ -139,9 +139,7 @@ class Rulebook(Model):
                 {**self.policy.model_dump(), **{k: v for k, v in options.items() if k in Policy.model_fields}}
             )
         except ValidationError as error:
-            faults += [
-                f"{f['loc'][0]} is {shown(f['input'])}: {f['msg'][0].lower()}{f['msg'][1:]}" for f in error.errors()
-            ]
+            faults += [f"{f['loc'][0]} is {shown(f['input'])}: {sentence(f['msg'])}" for f in error.errors()]
         if faults:
             raise ConfigurationError("; ".join(faults)) from None
         return self.model_copy(update={"policy": policy})
@@ -175,7 +173,27 @@ def from_json(data: object) -> Rulebook:
     return _validate(pages.Page(data, places))
 
 
+def _forget_removed(page: pages.Page) -> None:
+    """Drop what still names a rule or cause that a page took out: taking one out is enough said."""
+    gone = {"rules": set[str](), "causes": set[str]()}
+    for key in page.removed:
+        if len(key) == 2 and key[0] in gone:  # noqa: PLR2004 - ("rules", name)
+            gone[str(key[0])].add(str(key[1]))
+    rules = page.data.get("rules")
+    for rule in rules.values() if isinstance(rules, dict) else ():
+        for field, names in (("inhibits", gone["rules"]), ("causes", gone["causes"])):
+            if names and isinstance(rule, dict) and isinstance(rule.get(field), list):
+                rule[field] = [name for name in rule[field] if name not in names]
+    causes = page.data.get("causes")
+    for cause in causes.values() if isinstance(causes, dict) else ():
+        if gone["rules"] and isinstance(cause, dict) and isinstance(cause.get("evidence"), list):
+            cause["evidence"] = [
+                e for e in cause["evidence"] if not (isinstance(e, dict) and e.get("rule") in gone["rules"])
+            ]
+
+
 def _validate(page: pages.Page) -> Rulebook:
+    _forget_removed(page)
     for field in ("rules", "causes"):  # one order, whatever the file's
         if isinstance(page.data.get(field), dict):
             page.data = {**page.data, field: dict(sorted(page.data[field].items()))}

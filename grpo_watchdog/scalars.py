@@ -40,7 +40,7 @@ def _convert(name: str, value: Any, values: dict[str, float], tensors: dict[str,
             else:
                 say(f"value:{name}", f"metric {name} is a tensor of shape {tuple(value.shape)} and type "
                     f"{value.dtype}, not one real number: reduce it before observe; not watched")  # fmt: skip
-        elif isinstance(value, str | bytes | bytearray):
+        elif isinstance(value, str | bytes | bytearray | memoryview):
             say(f"value:{name}", f"metric {name} is text ({shown(value)}), not a number: not watched")
         elif getattr(getattr(value, "dtype", None), "kind", "f") not in "biufV":  # V: bfloat16 and kin
             say(f"value:{name}", f"metric {name} is of type {value.dtype}, not a real number: not watched")

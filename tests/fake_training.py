@@ -45,15 +45,11 @@ class Training:
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the global generator is what is restored
         random.seed(seed)
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(6, 16),
-            torch.nn.BatchNorm1d(16),
-            torch.nn.Tanh(),
-            torch.nn.Dropout(0.2),
-            torch.nn.Linear(16, 2),
-        )
+        self.first, self.norm, self.last = torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 2)
+        self.model = torch.nn.Sequential(self.first, self.norm, torch.nn.Tanh(), torch.nn.Dropout(0.2), self.last)
         first, *rest = self.model.parameters()
-        self.optimizer = torch.optim.AdamW([{"params": [first], "lr": 1e-4}, {"params": rest}], lr=1e-3)
+        groups: list[dict[str, Any]] = [{"params": [first], "lr": 1e-4}, {"params": rest}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=200)
         self.sampler = torch.Generator().manual_seed(seed)
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7) if scaled else None

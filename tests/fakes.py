@@ -22,9 +22,7 @@ class FakeControls:
         checks: what the look at the model finds.
     """
 
-    def __init__(
-        self, *, restorable: bool = True, without: tuple[str, ...] = (), learning_rate: float = 1e-5
-    ) -> None:
+    def __init__(self, *, restorable: bool = True, without: tuple[str, ...] = (), learning_rate: float = 1e-5) -> None:
         self.settings: dict[str, Any] = {"learning_rate": learning_rate, "kl_coef": 0.1, "clip_epsilon": 0.2}
         self.weights = 0.0
         self.fail: set[str] = set()

@@ -19,6 +19,8 @@ import torch
 
 import grpo_watchdog as gw
 
+BOOK = gw.load("documented")  # read once, for all processes
+
 
 class Training:
     """Weights, moments, a schedule, a counter and random numbers that all say which step it is."""
@@ -57,8 +59,8 @@ class Training:
 def save_for_ever(run_dir: Path, first: int, started: int) -> None:
     training = Training()
     dog = gw.attach(
-        **training.handed_over(), run_dir=run_dir, resume=(run_dir / "journal.jsonl").exists(), probation=1, keep=2,
-        checkpoint_every=1,
+        **training.handed_over(), rules=BOOK, run_dir=run_dir, resume=(run_dir / "journal.jsonl").exists(),
+        probation=1, keep=2, checkpoint_every=1,
     )  # fmt: skip
     for step in range(first, first + 1000):
         training.become(step)
@@ -69,7 +71,7 @@ def save_for_ever(run_dir: Path, first: int, started: int) -> None:
 
 def look(run_dir: Path, result: int) -> None:
     training = Training()
-    with gw.attach(**training.handed_over(), run_dir=run_dir, resume=True) as dog:
+    with gw.attach(**training.handed_over(), rules=BOOK, run_dir=run_dir, resume=True) as dog:
         found = {"step": dog.resumed_from, "parts": sorted(training.steps()) if dog.resumed_from is not None else []}
     os.write(result, json.dumps(found).encode())
 
@@ -99,6 +101,8 @@ def read_all(pipe: int) -> bytes:
 
 def main(run_dir: Path, kills: int) -> None:
     torch.set_num_threads(1)
+    with gw.attach(**Training().handed_over(), rules=BOOK, run_dir=run_dir.with_name("warm")) as dog:
+        dog.checkpoint(0)  # imports what is imported late
     rng = random.Random(0)
     seen: dict[str, Any] = {"kills": 0, "resumed": 0, "left half written": 0, "torn": [], "went back": []}
     newest = 0

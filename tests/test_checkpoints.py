@@ -127,7 +127,7 @@ def swap(path: Path) -> None:
     shutil.copy(other, path)
 
 
-DAMAGE = [flip, cut, empty, swap, Path.unlink]
+DAMAGE: list[Callable[[Path], object]] = [flip, cut, empty, swap, Path.unlink]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -150,7 +150,7 @@ def test_a_rollback_takes_the_next_proven_checkpoint_or_halts(tmp_path: Path, at
     for step in range(11):
         training.step()
         dog.observe(step, HEALTHY)
-    for folder, damage in zip(folders(tmp_path)[::-1][:broken], (flip, cut, Path.unlink), strict=False):
+    for folder, damage in zip(folders(tmp_path)[::-1][:broken], DAMAGE, strict=False):
         damage(folder / "model.pt")
     before = training.snapshot()
     verdict = dog.observe(11, SICK)
@@ -197,6 +197,9 @@ def test_what_was_not_proven_is_not_trusted_and_what_a_killed_process_left_is_sw
 
 
 # ── a disk that is full, or not to be written ─────────────────────────────────────────────────────────────────────
+MOUNT, UMOUNT = shutil.which("mount") or "/bin/mount", shutil.which("umount") or "/bin/umount"
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Return what mounts a small disk of its own with the given options; skip where one may not."""
@@ -204,7 +207,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     place.mkdir()
 
     def make(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        command = [MOUNT, "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
         try:
             done = subprocess.run(command, check=False, capture_output=True)
         except OSError:
@@ -214,7 +217,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         return place
 
     yield make
-    subprocess.run(["umount", "-l", str(place)], check=False, capture_output=True)
+    subprocess.run([UMOUNT, "-l", str(place)], check=False, capture_output=True)
 
 
 def big_run(disk: Path, attach: Attach) -> tuple[Any, gw.Watchdog]:
@@ -231,7 +234,7 @@ def test_a_full_disk_is_an_outcome_and_what_was_proven_stays(mount: Callable[[st
     for step in range(3):
         dog.observe(step, HEALTHY)
     kept = [p.detach().clone() for p in training.model.parameters()]
-    (disk / "others").write_bytes(bytes(450_000))
+    (disk / "others").write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 100_000))
     for step in range(3, 6):
         outcome = dog.checkpoint(step)
         assert not outcome.ok
@@ -268,7 +271,7 @@ def test_a_disk_that_may_not_be_written_is_an_outcome(mount: Callable[[str], Pat
     for step in range(3):
         dog.observe(step, HEALTHY)
     dog.close()
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, capture_output=True)
+    subprocess.run([MOUNT, "-o", "remount,ro", str(disk)], check=True, capture_output=True)
     outcome = dog.checkpoint(3)
     assert not outcome.ok
     assert "Read-only file system" in outcome.detail
@@ -324,15 +327,16 @@ def test_a_process_killed_while_saving_leaves_whole_checkpoints_only(tmp_path: P
 # ── what is refused, and that training goes on ────────────────────────────────────────────────────────────────────
 def make_nan(training: Training) -> None:
     with torch.no_grad():
-        training.model[4].bias[1] = float("nan")
+        training.last.bias[1] = float("nan")
 
 
 def make_moment_inf(training: Training) -> None:
-    training.optimizer.state[training.model[0].weight]["exp_avg_sq"][2, 3] = float("inf")
+    training.optimizer.state[training.first.weight]["exp_avg_sq"][2, 3] = float("inf")
 
 
 def make_buffer_nan(training: Training) -> None:
-    training.model[1].running_var[0] = float("nan")
+    assert training.norm.running_var is not None
+    training.norm.running_var[0] = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -366,12 +370,13 @@ def test_what_is_large_or_was_never_finite_is_kept(tmp_path: Path, attach: Attac
         model.weight.fill_(60000)
         wide = torch.nn.Parameter(torch.full((1000,), 1e38))
     model.register_parameter("wide", wide)
-    model.register_parameter("tiny", torch.nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False))
+    tiny = torch.nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    model.register_parameter("tiny", tiny)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     dog = attach(model=model, optimizer=optimizer, run_dir=tmp_path)
     outcome = dog.checkpoint(0)
     assert outcome.ok, outcome.detail
-    model.tiny.data[1] = float("nan")
+    tiny.data[1] = float("nan")
     assert "tiny is not finite" in dog.checkpoint(1).detail
 
 
@@ -381,7 +386,8 @@ def test_what_is_large_or_was_never_finite_is_kept(tmp_path: Path, attach: Attac
     moves=st.lists(st.tuples(st.booleans(), st.integers(0, 4)), max_size=60),
 )
 def test_retention_never_deletes_the_last_proven_one(probation: int, keep: int, moves: list[tuple[bool, int]]) -> None:
-    ledger, there, best = Ledger(probation, keep), set(), ""
+    ledger, best = Ledger(probation, keep), ""
+    there: set[str] = set()
     for number, (save, mood) in enumerate(moves):
         proven, gone = ledger.tick(healthy=mood > 0)
         there -= set(gone)
@@ -520,5 +526,5 @@ def test_what_has_no_state_or_a_taken_name_is_said_at_attach() -> None:
         attach_with(thing=[1])
     with pytest.raises(gw.ConfigurationError, match="'scheduler' is taken"):
         attach_with(scheduler=training.scheduler)
-    with pytest.raises(gw.ConfigurationError, match="'rng.torch' is taken"):
+    with pytest.raises(gw.ConfigurationError, match=r"'rng\.torch' is taken"):
         attach_with(**{"rng.torch": training.sampler})

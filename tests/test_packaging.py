@@ -78,38 +78,26 @@ def test_without_the_wheel_the_package_is_out_of_reach(tmp_path: Path) -> None:
     assert "No module named 'grpo_watchdog'" in run.stderr
 
 
-def test_the_package_comes_from_the_wheel(
-    installed: Path, path: list[Path], tmp_path: Path
-) -> None:
+def test_the_package_comes_from_the_wheel(installed: Path, path: list[Path], tmp_path: Path) -> None:
     program = "import grpo_watchdog; print(grpo_watchdog.__file__)"
 
-    assert Path(check(python("-c", program, path=path, cwd=tmp_path)).strip()).is_relative_to(
-        installed
-    )
+    assert Path(check(python("-c", program, path=path, cwd=tmp_path)).strip()).is_relative_to(installed)
 
 
 def test_the_wheel_holds_the_package_its_types_and_its_licence(installed: Path) -> None:
     source = ROOT / "grpo_watchdog"
     modules = {file.relative_to(source) for file in source.rglob("*.py")}
-    shipped = {
-        file.relative_to(installed / "grpo_watchdog")
-        for file in (installed / "grpo_watchdog").rglob("*.py")
-    }
+    shipped = {file.relative_to(installed / "grpo_watchdog") for file in (installed / "grpo_watchdog").rglob("*.py")}
 
     assert shipped == modules
     assert (installed / "grpo_watchdog" / "py.typed").is_file()
     assert list(installed.glob("grpo_watchdog-*.dist-info/licenses/LICENSE"))
     # Nothing lands beside the package: no tests, no rules, no stray top-level module.
-    assert {
-        entry.name.partition("-")[0] for entry in installed.iterdir() if entry.name != "bin"
-    } == {"grpo_watchdog"}
+    assert {entry.name.partition("-")[0] for entry in installed.iterdir() if entry.name != "bin"} == {"grpo_watchdog"}
 
 
 def test_every_rulebook_ships(installed: Path) -> None:
-    shipped = {
-        file.name: file.read_bytes()
-        for file in (installed / "grpo_watchdog" / "rules").glob("*.yaml")
-    }
+    shipped = {file.name: file.read_bytes() for file in (installed / "grpo_watchdog" / "rules").glob("*.yaml")}
 
     assert RULEBOOKS, "the checkout has no rulebook"
     assert shipped == {file.name: file.read_bytes() for file in RULEBOOKS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import grpo_watchdog as gw
 from fakes import HEALTHY, FakeControls
-from grpo_watchdog.controls import Check, DialKnob, dial
+from grpo_watchdog.controls import Check, DialKnob, dial, item
 
 SICK = {**HEALTHY, "log_ratio": 25.0}
 FIRST_BAND = {**HEALTHY, "log_ratio": 6.0}
@@ -338,3 +339,23 @@ def test_many_dimensions_get_a_word_about_the_unit(tmp_path: Path) -> None:
     dog.observe(0, {"mean_log_prob_current": -2577400.0, "mean_log_prob_ref": -2577401.0})
     dog.close()
     assert gw.read_run(tmp_path / "run").frame()["log_prob_per_dim"].tolist() == [-1.0]
+
+
+def test_the_other_actions_of_a_rulebook_are_done_once_each_time_a_rule_fires(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "schema: 1\nname: mine\nextends: documented\nrules:\n  long:\n    kind: outside\n"
+        "    title: {en: long, zh: long}\n    source: ours\n    metric: completion_length\n    high: 10\n"
+        "    severity: warning\n    keep_firing_for: 1\n"
+        "    do: {checkpoint_now: true, checkpoint_more_often: 2, tighten_grad_norm: 0.5}\n"
+    )
+    controls = FakeControls()
+    controls.settings["grad_norm_limit"] = 1.0
+    controls.knobs["grad_norm_limit"] = DialKnob(item(controls.settings, "grad_norm_limit"), "min")
+    dog = gw.Watchdog(tmp_path / "mine.yaml", controls, tmp_path / "run", checkpoint_every=20, probation=5)
+    feed(dog, controls, HEALTHY, range(2))
+    verdicts = feed(dog, controls, {**HEALTHY, "completion_length": 20.0}, range(2, 5))
+    assert [names(v) for v in verdicts] == [["tighten_grad_norm", "checkpoint_now", "checkpoint_more_often"], [], []]
+    assert controls.settings["grad_norm_limit"] == 0.5
+    later = feed(dog, controls, {**HEALTHY, "completion_length": 1.0}, range(5, 40))
+    taken = [v.step for v in later if "checkpoint_now" in names(v)]
+    assert [b - a for a, b in itertools.pairwise(taken)] == [10] * (len(taken) - 1)

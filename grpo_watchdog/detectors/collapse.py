@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from grpo_watchdog.detectors.detector import Memoryless, Reading
+from grpo_watchdog.detectors.detector import CALM, Memoryless, Reading
 from grpo_watchdog.rule import MetricName, Model, Number, SingleRule
 
 
@@ -24,12 +24,6 @@ class Sign(Model):
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError("a sign has exactly one of at_most and at_least")
         return self
-
-    def shown_by(self, value: float) -> bool:
-        """Return whether the value shows the sign."""
-        if self.at_most is not None:
-            return value <= self.at_most
-        return value >= self.at_least  # type: ignore[operator]
 
 
 class CollapseRule(SingleRule):
@@ -49,19 +43,24 @@ class CollapseDetector(Memoryless):
     needs_all = False
 
     def __init__(self, rule: CollapseRule) -> None:
-        """Keep the signs."""
-        self._signs = rule.signs
+        """Keep the signs as (metric, at most, at least, limit)."""
         self.needs = tuple(sign.metric for sign in rule.signs)
+        self._signs = [
+            (sign.metric, -math.inf if sign.at_most is None else sign.at_most, math.inf, sign.at_most)
+            if sign.at_least is None
+            else (sign.metric, -math.inf, sign.at_least, sign.at_least)
+            for sign in rule.signs
+        ]
 
-    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:  # noqa: ARG002
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return the first sign shown, else the first that could be looked at; not-a-number shows nothing."""
-        seen: Reading | None = None
-        for sign in self._signs:
-            value = values.get(sign.metric)
+        calm: Reading | None = None
+        for metric, at_most, at_least, limit in self._signs:
+            value = values.get(metric)
             if value is None or math.isnan(value):
                 continue
-            limit = sign.at_least if sign.at_most is None else sign.at_most
-            if sign.shown_by(value):
-                return Reading(1, 1, sign.metric, value, limit)
-            seen = seen or Reading(0, 0, sign.metric, value, limit)
-        return seen
+            if value <= at_most or value >= at_least:
+                return Reading(1, 1, metric, value, limit)
+            if calm is None:
+                calm = Reading(0, 0, metric, value, limit) if firing else CALM
+        return calm

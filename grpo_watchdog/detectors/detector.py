@@ -26,6 +26,10 @@ class Reading(NamedTuple):
     note: str = ""
 
 
+CALM = Reading(0, 0, "", 0.0, None)
+"""What a detector may return while its rule does not fire and there is nothing to see: made once."""
+
+
 class Detector(Protocol):
     """Evaluates one rule.
 

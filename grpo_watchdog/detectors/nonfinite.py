@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo_watchdog.detectors.detector import Memoryless, Reading
+from grpo_watchdog.detectors.detector import CALM, Memoryless, Reading
 from grpo_watchdog.rule import MetricName, SingleRule
 
 
@@ -32,11 +32,11 @@ class NonfiniteDetector(Memoryless):
         """Keep the names."""
         self.needs = tuple(rule.metrics)
 
-    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:
         """Return the first value that is not finite, in the order of the rule."""
         if not math.isfinite(sum(values.values())):
             for name in self.needs:
                 value = values.get(name, 0.0)
                 if not math.isfinite(value):
                     return Reading(1, 1, name, value, None)
-        return Reading(0, 0, self.needs[0], 0.0, None)
+        return Reading(0, 0, self.needs[0], values.get(self.needs[0], 0.0), None) if firing else CALM

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from grpo_watchdog.detectors.detector import Memoryless, Reading
+from grpo_watchdog.detectors.detector import CALM, Memoryless, Reading
 from grpo_watchdog.rule import Level, Number, Rule
 
 _ULPS = 4 * 2.0**-23  # what float32 arithmetic may lose in a mean of equal numbers
@@ -54,7 +54,7 @@ class SaturationDetector(Memoryless):
         self._low = max((image for image in self._images if image <= 1), default=0.0) * (1 + 2 * _ULPS)
         self._high = min((image for image in self._images if image >= 1), default=math.inf) * (1 - 2 * _ULPS)
 
-    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:  # noqa: ARG002
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return which invariant is broken; None where the ratio is not a number and shows neither."""
         ratio, log_ratio = values["mean_ratio"], values.get("log_ratio")
         if math.isnan(ratio):
@@ -68,4 +68,4 @@ class SaturationDetector(Memoryless):
             if ln_ratio < log_ratio - self._slack * max(1.0, abs(log_ratio)):
                 note = f"ln(mean_ratio) = {ln_ratio:.4g} is below the mean log_ratio {log_ratio:.6g} (Jensen)"
                 return Reading(1, 1, "mean_ratio", ratio, None, note)
-        return Reading(0, 0, "mean_ratio", ratio, None)
+        return Reading(0, 0, "mean_ratio", ratio, None) if firing else CALM

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -47,8 +48,8 @@ class ModelChecks:
         self._change: torch.Tensor | None = None
         self._before: list[torch.Tensor] | None = None
         self._start = self._origin()
-        optimizer.register_step_pre_hook(lambda *_: self._before_step())
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        optimizer.register_step_pre_hook(lambda *_: self._quietly(self._before_step))
+        optimizer.register_step_post_hook(lambda *_: self._quietly(self._after_step))
 
     def inspect(self) -> list[Check]:
         """Return all checks. Costs one norm per tensor."""
@@ -116,23 +117,21 @@ class ModelChecks:
 
     def _before_step(self) -> None:
         if self._every and self._steps % self._every == 0:
-            self._before = self._sampled()
+            self._before = _samples(self._trained())
         self._steps += 1
 
     def _after_step(self) -> None:
-        before, self._before = self._before, None
-        now = self._sampled() if before else None
-        if before and now:
-            self._change = _relative(now, before)
+        if self._before is not None:
+            self._change = _relative(_samples(self._trained()), self._before)
+            self._before = None
 
-    def _sampled(self) -> list[torch.Tensor] | None:
-        """Return samples of what is trained; called inside the optimizer's step, where nothing of ours may raise."""
+    def _quietly(self, act: Callable[[], None]) -> None:
+        """Act inside the optimizer's step, where nothing of ours may raise."""
         try:
-            return _samples(self._trained())
-        except Exception as error:  # noqa: BLE001 - a tensor of a kind that cannot be sampled
-            self._every = 0
+            act()
+        except Exception as error:  # noqa: BLE001 - weights of a kind that cannot be sampled
+            self._every, self._before = 0, None
             _log.warning("param_change is not measured any more: %s: %s", type(error).__name__, error)
-            return None
 
 
 def _samples(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -17,8 +17,8 @@ import torch
 from grpo_watchdog.errors import ConfigurationError
 
 _KIND = "__kind__"
-_MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter, defaultdict)}
-_SERIES = {kind.__name__: kind for kind in (set, frozenset, deque)}
+_MAPPINGS: dict[str, Any] = {kind.__name__: kind for kind in (dict, OrderedDict, Counter, defaultdict)}
+_SERIES: dict[str, Any] = {kind.__name__: kind for kind in (set, frozenset, deque)}
 _FACTORIES: dict[Any, Any] = {kind.__name__: kind for kind in (int, float, str, bool, list, dict, set, tuple)}
 _SMALL_INT = 1000  # bits; torch's reader stops at 2040
 ALLOWED = (
@@ -42,7 +42,7 @@ def encode(value: Any, where: str) -> Any:  # noqa: ANN401
         return value.detach()
     if kind in (list, tuple):
         return kind(encode(v, f"{where}[{i}]") for i, v in enumerate(value))
-    if kind in (dict, OrderedDict) and _KIND not in value and all(type(k) in (str, int, float, bool) for k in value):
+    if kind in (dict, OrderedDict) and _KIND not in value and all(map(_plain, value)):
         return each(value, lambda key, child: encode(child, f"{where}[{key!r}]"))
     if kind in _MAPPINGS.values():
         return _mapping(value, where)
@@ -82,6 +82,11 @@ def each(value: dict[Any, Any], change: Callable[[Any, Any], Any]) -> dict[Any, 
     return made
 
 
+def _plain(value: Any) -> bool:  # noqa: ANN401
+    kind = type(value)
+    return value is None or kind in (bool, float, str) or (kind is int and value.bit_length() <= _SMALL_INT)
+
+
 def _mapping(value: Any, where: str) -> dict[Any, Any]:  # noqa: ANN401
     kind = type(value)
     for key in value:
@@ -100,15 +105,14 @@ def _mapping(value: Any, where: str) -> dict[Any, Any]:  # noqa: ANN401
 def _unmapping(value: dict[str, Any]) -> Any:  # noqa: ANN401
     items: dict[Any, Any] = {decode(k): decode(v) for k, v in value["pairs"]}
     if value[_KIND] == "defaultdict":
-        factory: Callable[[], Any] | None = _FACTORIES.get(value.get("factory"))
-        return defaultdict(factory, items)
+        return defaultdict(_FACTORIES.get(value.get("factory")), items)
     return _MAPPINGS[value[_KIND]](items)
 
 
 def _leaf(value: Any, where: str) -> Any:  # noqa: ANN401
-    kind = type(value)
-    if value is None or kind in (bool, float, str) or (kind is int and value.bit_length() <= _SMALL_INT):
+    if _plain(value):
         return value
+    kind = type(value)
     if kind is int:
         return {_KIND: "int", "hex": hex(value)}
     if kind is bytes:

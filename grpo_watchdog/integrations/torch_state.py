@@ -183,8 +183,14 @@ def _put(p: Part, state: Any) -> None:  # noqa: ANN401
 
 
 def _write(state: object, path: Path) -> None:
-    with path.open("wb") as file:  # opened here, so that a full disk is an OSError
-        torch.save(state, file)
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch hides a full disk behind one of its own
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def _load(path: Path, device: str | None) -> Any:  # noqa: ANN401

@@ -1,13 +1,12 @@
 """A real GRPO training of a chain of Gaussian denoising steps, small enough for one CPU core.
 
 This is the setting of the documented incident, shrunk: the policy draws `x_T ~ N(0, I)` and then
-`x_{t-1} ~ N(mean_theta(x_t, t, prompt), sigma^2 I)`; a trajectory's log-prob is summed over all
-dimensions and steps; the surrogate ratio is taken to the frozen *reference*, not to the old policy.
-Gradients, sampling and the ruin after `DenoiseTraining.make_sick` are real: nothing is scripted.
+`x_{t-1} ~ N(mean_theta(x_t, t, prompt), sigma^2 I)`; a trajectory's log-prob is summed over all dimensions and steps;
+the surrogate ratio is taken to the frozen *reference*, not to the old policy. Gradients, sampling and the ruin after
+`DenoiseTraining.make_sick` are real: nothing is scripted. Bit-deterministic for a seed with one thread.
 
-Bit-deterministic for a seed with one thread (`torch.set_num_threads(1)`).
-Shapes by suffix: P prompts, G samples per prompt, B = P * G, T denoising steps, D dims, C prompt
-dims; a trailing 1 is an axis kept for broadcasting.
+Shapes by suffix: P prompts, G samples per prompt, B = P * G, T denoising steps, D dims, C prompt dims; a trailing 1
+is an axis kept for broadcasting.
 """
 
 import copy
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 _LOG_RATIO_CLAMP = 20.0  # [nats], the document's clamp; the incident's mean_ratio is exp(20)
 _ADVANTAGE_EPS = 1e-4  # a group of equal rewards gets advantage 0 instead of 0 / 0
-ACT1 = nn.SiLU
 _ZERO_STD = 1e-6  # a group whose rewards spread less than this carries no signal
 _REWARD_SEED = 7  # the reward is the task's, so it is the same for every training seed
 _EVALUATION_SEED = 20_240_229  # every evaluation sees the same prompts and the same noise
@@ -30,52 +28,33 @@ _EVALUATION_SEED = 20_240_229  # every evaluation sees the same prompts and the 
 class DenoiseConfig:
     """Settings of a denoising run; mutable on purpose: the trainer reads its knobs on every step.
 
-    The logged `kl_penalty` is always k1, the mean of (log-prob current - reference). `kl_gradient`
-    only chooses whose gradient the penalty has. The default is the document's own, k1: it trains
-    well here, although its gradient is zero in expectation and so restrains nothing (it is noise
-    that grows with `kl_coef`). k2 = log_ratio^2 / 2 and k3 = exp(-log_ratio) - 1 + log_ratio do
-    pull towards the reference.
-
-    Attributes:
-        learning_rate: Peak AdamW learning rate, before the schedule.
-        kl_coef: Weight of the KL penalty (the document's and TRL's beta); read on every step.
-        clip_epsilon: Half-width of the surrogate's clip range; read on every step.
-        group_size: Samples per prompt, G, over which advantages are normalised.
-        prompts: Prompts per step, P.
-        dims: Dimensions of a sample, D.
-        prompt_dims: Dimensions of a prompt's condition vector, C.
-        denoise_steps: Length of the chain, T [steps].
-        hidden: Width of the mean network's two hidden layers.
-        sigma: Standard deviation of one denoising step's noise, below 1.
-        total_steps: Length of the learning-rate schedule [steps].
-        warmup_steps: Linear warm-up at its start, at least 1 [steps].
-        final_lr_fraction: Learning rate at the schedule's end as a fraction of the peak.
-        max_grad_norm: Gradient-norm clip, or None for none.
-        kl_gradient: Estimator whose gradient the KL penalty has.
+    The logged `kl_penalty` is always k1, the mean of (log-prob current - reference); `kl_gradient` only chooses
+    whose gradient the penalty has. The default is the document's own, k1: it trains well here, although its gradient
+    is zero in expectation, noise that grows with `kl_coef` and restrains nothing. k2, log_ratio^2 / 2, does pull
+    towards the reference.
     """
 
-    learning_rate: float = 2e-3
-    kl_coef: float = 0.1
-    clip_epsilon: float = 0.2
-    group_size: int = 16
-    prompts: int = 24
-    dims: int = 8
-    prompt_dims: int = 4
-    denoise_steps: int = 24
-    hidden: int = 32
-    sigma: float = 0.42
-    total_steps: int = 300
-    warmup_steps: int = 5
-    final_lr_fraction: float = 0.2
-    max_grad_norm: float | None = 1.0
-    kl_gradient: Literal["k1", "k2", "k3"] = "k1"
+    learning_rate: float = 2.5e-3  # peak, before the schedule
+    kl_coef: float = 0.1  # weight of the KL penalty (TRL: beta); read on every step
+    clip_epsilon: float = 0.2  # half-width of the surrogate's clip range; read on every step
+    group_size: int = 16  # samples per prompt, G, over which advantages are normalised
+    prompts: int = 24  # prompts per step, P
+    dims: int = 10  # dimensions of a sample, D, at least 2
+    prompt_dims: int = 4  # dimensions of a prompt's condition vector, C
+    denoise_steps: int = 20  # length of the chain, T [steps]
+    hidden: int = 32  # width of the mean network's two hidden layers
+    sigma: float = 0.41  # standard deviation of one denoising step's noise, below 1
+    total_steps: int = 300  # length of the learning-rate schedule [steps]
+    warmup_steps: int = 20  # its linear warm-up, at least 1 [steps]; shorter ones overshoot the ratio's range
+    final_lr_fraction: float = 0.05  # learning rate at the schedule's end, as a fraction of the peak
+    max_grad_norm: float | None = 1.0  # gradient-norm clip, None for none
+    kl_gradient: Literal["k1", "k2"] = "k1"  # estimator whose gradient the KL penalty has
 
 
 class DenoiseSampler:
     """The one source of a training's randomness: prompts, starting points and step noise."""
 
     def __init__(self, seed: int) -> None:
-        """Start the stream that belongs to a seed."""
         self.generator = torch.Generator().manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
@@ -104,13 +83,11 @@ class MeanNetwork(nn.Module):
         with torch.no_grad():
             last.weight.mul_(0.1)
             last.bias.zero_()
-        # Bounded units: a ruined policy drifts through thousands of nats, as in the incident,
-        # instead of overflowing within ten steps as the same chain does with SiLU.
         self.shift = nn.Sequential(
             nn.Linear(config.dims + config.prompt_dims + 1, config.hidden),
-            ACT1(),
+            nn.SiLU(),
             nn.Linear(config.hidden, config.hidden),
-            nn.Tanh(),
+            nn.Tanh(),  # bounds the shift: ruin is thousands of nats, where SiLU would feed on itself and overflow
             last,
         )
 
@@ -124,18 +101,17 @@ class MeanNetwork(nn.Module):
 class WindowReward:
     """A reward in [0, 1]: does x_0 lie in a window along its prompt's direction, and near it elsewhere?
 
-    The window spans about 0.5 to 3.3 standard deviations of the untrained x_0, so about 0.3 of its samples score;
+    The window spans about 0.5 to 3.1 standard deviations of the untrained x_0, so about 0.3 of its samples score;
     well under 1 nat of KL doubles that. A policy that is blown away, in whichever direction, scores 0.
     """
 
-    centre = 1.9  # [standard deviations of the untrained x_0]
-    half_width = 1.4  # [the same]; the reward falls to 1/e here
+    centre = 1.81  # [standard deviations of the untrained x_0]
+    half_width = 1.335  # [the same]; the reward falls to 1/e here
     spread = 2.0  # [the same], root mean square over the other directions: about 1 untrained, and free until here
     power = 8  # steep edges: steering pays only near them, which keeps the needed KL small
     turn = 0.3  # how far a typical prompt turns the direction [radians, about]
 
     def __init__(self, config: DenoiseConfig) -> None:
-        """Draw the task's fixed directions."""
         generator = torch.Generator().manual_seed(_REWARD_SEED)
         self.base_D = nn.functional.normalize(torch.randn(config.dims, generator=generator), dim=0)
         turn_CD = torch.randn(config.prompt_dims, config.dims, generator=generator)
@@ -154,9 +130,8 @@ class DenoiseTraining:
     """GRPO on the denoising chain: policy, frozen reference, AdamW, warm-up and cosine decay."""
 
     def __init__(self, config: DenoiseConfig | None = None, *, seed: int) -> None:
-        """Build policy, reference and optimizer for a seed, leaving torch's global RNG alone."""
         self.config = DenoiseConfig() if config is None else config
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's global stream alone
             torch.manual_seed(seed)
             self.policy: nn.Module = MeanNetwork(self.config)
         self.reference: nn.Module = copy.deepcopy(self.policy).eval().requires_grad_(requires_grad=False)
@@ -171,18 +146,15 @@ class DenoiseTraining:
         """Sample, learn and step the scheduler once.
 
         Returns:
-            Canonical metrics; tensors are 0-d and detached. Log-probs are summed over the
-            trajectory [nats]; `grad_norm` is before clipping; `loss` is exactly
-            `policy_loss + kl_coef * kl_penalty` in float64, the identity of the incident's figures.
+            Canonical metrics, tensors 0-d and detached; log-probs are summed over the trajectory [nats]. `loss` is
+            exactly `policy_loss + kl_coef * kl_penalty` in float64, the identity of the incident's figures.
         """
         config = self.config
         kl_coef, clip_epsilon = config.kl_coef, config.clip_epsilon
         path_TBD, prompt_BC, reward_B = self._rollout(self.sampler, config.prompts, config.group_size)
         reward_PG = reward_B.double().view(config.prompts, config.group_size)
         std_P1 = reward_PG.std(dim=1, keepdim=True)
-        centred_PG = reward_PG - reward_PG.mean(dim=1, keepdim=True)
-        advantage_B = (centred_PG / (std_P1 + _ADVANTAGE_EPS)).flatten()
-
+        advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / (std_P1 + _ADVANTAGE_EPS)).flatten()
         current_B = self._log_prob(self.policy, path_TBD, prompt_BC)
         with torch.no_grad():
             ref_B = self._log_prob(self.reference, path_TBD, prompt_BC)
@@ -191,7 +163,8 @@ class DenoiseTraining:
         bounded_B = ratio_B.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
         policy_loss = -torch.minimum(ratio_B * advantage_B, bounded_B * advantage_B).mean()
         kl_penalty = log_ratio_B.mean()
-        grad_norm = self._learn(policy_loss + kl_coef * self._kl_estimate(log_ratio_B))
+        restraint = kl_penalty if config.kl_gradient == "k1" else 0.5 * log_ratio_B.square().mean()
+        grad_norm = self._learn(policy_loss + kl_coef * restraint)
 
         # Clipped as TRL counts it: only where the clip takes the gradient away.
         clipped_B = torch.where(advantage_B < 0.0, ratio_B < 1.0 - clip_epsilon, ratio_B > 1.0 + clip_epsilon)
@@ -218,8 +191,7 @@ class DenoiseTraining:
     def true_reward(self, samples: int = 4096) -> float:
         """Return the policy's mean reward over fresh prompts; a sample that is NaN scores 0.
 
-        The generator is its own and fixed: training randomness is untouched, and two policies are
-        compared on the same prompts and noise.
+        Its generator is its own and fixed: training randomness is untouched, and policies meet the same noise.
         """
         _, _, reward_B = self._rollout(DenoiseSampler(_EVALUATION_SEED), samples, 1)
         return float(reward_B.nan_to_num(nan=0.0).mean())
@@ -227,8 +199,8 @@ class DenoiseTraining:
     def make_sick(self, lr_factor: float) -> None:
         """Multiply the learning rate from now on, as a mistaken hot-reload of the settings would.
 
-        The factor sits in the schedule function, which no state dict carries: restoring weights,
-        optimizer and scheduler from a checkpoint does not cure the cause, as in a real run.
+        The factor sits in the schedule function, which no state dict carries: restoring a checkpoint does not cure
+        the cause, as in a real run.
         """
         self._lr_factor *= lr_factor
         for group in self.optimizer.param_groups:
@@ -257,28 +229,14 @@ class DenoiseTraining:
         return torch.stack(path), prompt_BC, self.reward(x_BD, prompt_BC)
 
     def _log_prob(self, network: nn.Module, path_TBD: Tensor, prompt_BC: Tensor) -> Tensor:
-        """Return each trajectory's log-prob under a network, summed over steps and dims, [B] [nats].
-
-        Summed in float64: the ratio needs the small difference of two large sums.
-        """
+        """Return each trajectory's log-prob under a network, summed over steps and dims, [B] [nats]."""
         sigma, steps = self.config.sigma, self.config.denoise_steps
-        from_TBD, to_TBD = path_TBD[:-1], path_TBD[1:]
         t_T11 = torch.arange(steps, 0, -1, dtype=path_TBD.dtype).view(-1, 1, 1)
         t_TB1 = t_T11.expand(-1, prompt_BC.shape[0], -1)
-        mean_TBD: Tensor = network(from_TBD, t_TB1, prompt_BC.expand(steps, -1, -1))
-        noise_TBD = ((to_TBD - mean_TBD) / sigma).double()
+        mean_TBD: Tensor = network(path_TBD[:-1], t_TB1, prompt_BC.expand(steps, -1, -1))
+        noise_TBD = ((path_TBD[1:] - mean_TBD) / sigma).double()  # the ratio is a small difference of two large sums
         constant = steps * self.config.dims * math.log(sigma * math.sqrt(2.0 * math.pi))
-        log_prob_B: Tensor = -0.5 * noise_TBD.square().sum(dim=(0, 2)) - constant
-        return log_prob_B
-
-    def _kl_estimate(self, log_ratio_B: Tensor) -> Tensor:
-        """Return the KL estimate whose gradient `config.kl_gradient` asks for [nats]."""
-        if self.config.kl_gradient == "k1":
-            return log_ratio_B.mean()
-        if self.config.kl_gradient == "k2":
-            return 0.5 * log_ratio_B.square().mean()
-        bounded_B = log_ratio_B.clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
-        return (torch.expm1(-bounded_B) + bounded_B).mean()
+        return -0.5 * noise_TBD.square().sum(dim=(0, 2)) - constant
 
     def _learn(self, objective: Tensor) -> Tensor:
         """Descend the objective by one optimizer and scheduler step; return the gradient norm."""

@@ -52,8 +52,10 @@ def next_settings(run: Run) -> dict[str, float]:
 
 
 def advice(run: Run, story: IncidentStory, lang: str) -> list[str]:
-    """Return the remedies for an incident's likeliest causes."""
-    return [_text(run.book.causes[c["cause"]].remedy, lang) for c in story.causes[:_REMEDIES]]
+    """Return the remedies for an incident's likeliest causes, and what its levels advise that no knob can turn."""
+    remedies = [run.book.causes[c["cause"]].remedy for c in story.causes[:_REMEDIES]]
+    levels = run.book.rules[story.rule].ladder[: story.evidence[0]["rank"]]
+    return [_text(text, lang) for text in (*remedies, *(level.advice for level in levels)) if text is not None]
 
 
 class _Teller:
@@ -122,8 +124,6 @@ class _Teller:
             lines.append(self._say("resume", step=run.proven[-1], path=str(run.path)))
         elif run.halted:
             lines += [self._say("restart"), self._say("more_checkpoints")]
-        if settings:
-            lines.append(self._say("group"))
         return [Section(self._say("next"), [(0, line) for line in lines])]
 
     def unseen(self) -> Section:

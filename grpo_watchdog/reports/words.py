@@ -41,8 +41,6 @@ WORDS: dict[str, dict[str, str]] = {
         "next": "What to do next",
         "settings": "Settings for the next run: {settings}",
         "setting": "{name} {value} (was {base})",
-        "group": "The document also advises group size 2 and batch size 1. Mind that with 2 samples a group every "
-        "advantage is +-0.707, and half of all groups with a yes/no reward carry no signal.",
         "more_checkpoints": "Take checkpoints (checkpoint_every=...), so that there is something to go back to.",
         "resume": "Go on from step {step}: gw.attach(..., run_dir={path!r}, resume=True) restores it and puts the "
         "doses back in force.",
@@ -92,8 +90,6 @@ WORDS: dict[str, dict[str, str]] = {
         "next": "下一步建议",
         "settings": "下次运行的设置：{settings}",
         "setting": "{name} {value}（原为 {base}）",
-        "group": "文档还建议 group size 2、batch size 1。请注意：每组 2 个样本时所有优势都是 ±0.707，"
-        "二值奖励下有一半的组没有信号。",
         "more_checkpoints": "请保存检查点（checkpoint_every=...），以便有处可回。",
         "resume": "从第 {step} 步继续：gw.attach(..., run_dir={path!r}, resume=True) 会恢复该检查点并重新施加调整。",
         "restart": "没有已验证的检查点：请用上述设置重新开始。",

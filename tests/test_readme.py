@@ -1,0 +1,96 @@
+"""The README is true: its hook runs, its report excerpt is what the command prints, its rulebook page is a rulebook."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import grpo_watchdog as gw
+from grpo_watchdog import examples
+from test_reports import INCIDENT
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def block(name: str, language: str) -> str:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def test_the_hook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
+
+    def train_one_step() -> dict[str, Any]:
+        loss = policy(torch.ones(3)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(1)
+        return {"loss": loss, "log_ratio": 0.0 if len(seen) < 40 else 50.0, "std_reward": 0.2}
+
+    seen: list[int] = []
+    names: dict[str, Any] = {
+        "policy": policy,
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+        "config": SimpleNamespace(beta=0.1, epsilon=0.2),
+        "sampler": torch.Generator(),
+        "steps": 60,
+        "train_one_step": train_one_step,
+    }
+    monkeypatch.chdir(tmp_path)
+    code = block("README.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    exec(code, names)  # noqa: S102 - it is our own README
+    names["dog"].close()
+    assert gw.read_run("runs/exp1").rows == names["verdict"].step + 1
+
+
+def test_the_report_excerpt_is_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with gw.Watchdog("documented", run_dir="runs/exp1") as dog:
+        dog.observe(1200, INCIDENT)
+    excerpt = re.search(
+        r"<!-- report.*?-->\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert excerpt is not None
+    assert gw.report("runs/exp1").startswith(excerpt.group(1))
+
+
+def test_the_rulebook_in_the_docs_is_a_rulebook(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(block("docs/rulebooks.md", "yaml"), encoding="utf-8")
+    book = gw.load(path)
+    count, failures = examples.run(book)
+    assert count > 10
+    assert failures == []
+    assert "kl_penalty" not in book.rules
+
+
+def test_the_docs_name_every_kind_action_and_policy_field() -> None:
+    text = (ROOT / "docs/rulebooks.md").read_text(encoding="utf-8")
+    from grpo_watchdog.actions import ACTIONS  # noqa: PLC0415
+    from grpo_watchdog.detectors import KINDS  # noqa: PLC0415
+
+    for name in (*KINDS, *ACTIONS, *gw.Policy.model_fields):
+        assert f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("name", ["plain_loop.py"])
+def test_every_example_runs(name: str, tmp_path: Path) -> None:
+    import runpy  # noqa: PLC0415
+
+    scripts = sorted(p.name for p in (ROOT / "examples").glob("*.py"))
+    assert scripts == ["plain_loop.py"], "give every example a line here"
+    example = runpy.run_path(str(ROOT / "examples" / name))
+    verdict = example["main"](tmp_path / "run")
+    assert not verdict.halt
+    assert gw.read_run(tmp_path / "run").verdict == "critical"
