@@ -8,8 +8,8 @@ from typing import Any
 
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.metrics import RatioTo
-from grpo_watchdog.rulebook import Rulebook
-from grpo_watchdog.watchdog import Watchdog
+from grpo_watchdog.rulebook import Rulebook, load
+from grpo_watchdog.watchdog import Watchdog, earlier_session
 
 
 def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand over
@@ -66,12 +66,21 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
         if run_dir is None:
             raise ConfigurationError("tensorboard=True writes under run_dir: give run_dir, a folder or a SummaryWriter")
         tensorboard = Path(run_dir) / "tensorboard"
+    book = (rules if isinstance(rules, Rulebook) else load(rules)).with_policy(policy)
+    earlier_session(run_dir, resume=resume)  # refused before anything is hooked
     controls = TorchControls(
-        model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, reference=reference, state=state,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        reference=reference,
         knobs={"kl_coef": kl_coef, "clip_epsilon": clip_epsilon, "grad_norm_limit": grad_norm_limit},
-        check_every=policy.get("check_every", 50),
-    )  # fmt: skip
-    listeners = [TensorBoardListener(tensorboard)] if tensorboard else []
-    return Watchdog(
-        rules, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners, **policy
+        state=state,
+        check_every=book.policy.check_every,
     )
+    listeners = [TensorBoardListener(tensorboard)] if tensorboard else []
+    try:
+        return Watchdog(book, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners)
+    except BaseException:
+        controls.detach()
+        raise

@@ -223,7 +223,7 @@ class Judge:
 
     def _rolled_back(self, checkpoint: str, step: int) -> None:
         target = next(c for c in self.ledger.entries if c.id == checkpoint)
-        newer = [c.id for c in self.ledger.entries if c.id > checkpoint and not c.proven]
+        newer = [c.id for c in self.ledger.entries if c.id > checkpoint]  # damaged, unproven, or trouble came back
         self.ledger.drop(newer)
         self._actuator.settle_checkpoints([], newer)
         self.findings.load_state_dict(target.memory)

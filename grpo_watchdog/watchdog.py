@@ -64,7 +64,7 @@ class Watchdog:
             raise ConfigurationError(f"dims is {dims!r}; allowed: a whole number above 0")
         self.book = (rules if isinstance(rules, Rulebook) else load(rules)).with_policy(policy)
         self.run_dir = None if run_dir is None else Path(run_dir)
-        earlier = _earlier_session(self.run_dir, resume=resume)
+        earlier = earlier_session(run_dir, resume=resume)
         controls = NoControls() if controls is None else controls
         vault = None if self.run_dir is None else Vault(self.run_dir / "checkpoints")
         self._actuator = Actuation(controls, vault, self._memory)
@@ -144,11 +144,13 @@ class Watchdog:
         return self._judge.planner.halted
 
     def close(self) -> None:
-        """Write what is still to be written. Observing afterwards is allowed and leaves no trace on disk."""
+        """Write what is still to be written, and close listeners that can be closed. Doses in force stay in force."""
         self._judge.note_blind(None)
         self._judge.note_state()
         self._journal.append({"kind": "end"})
         self._journal.close()
+        for listener in self._listeners:
+            getattr(listener, "close", lambda: None)()
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -198,13 +200,13 @@ class Watchdog:
                 self.resumed_from = None if outcome.after is None else int(outcome.after)
 
 
-def _earlier_session(run_dir: Path | None, *, resume: bool) -> Mapping[str, Any] | None:
+def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str, Any] | None:
     """Return what the plan of an earlier session in this folder remembered, where it is wanted.
 
     Raises:
         ConfigurationError: there is one and it is not wanted, or there is none and it is.
     """
-    exists = run_dir is not None and (run_dir / journal.FILE).exists()
+    exists = run_dir is not None and (Path(run_dir) / journal.FILE).exists()
     if run_dir is None or not exists:
         if resume:
             raise ConfigurationError(f"resume=True, but {run_dir} holds no run; leave resume out to begin one")
@@ -214,5 +216,5 @@ def _earlier_session(run_dir: Path | None, *, resume: bool) -> Mapping[str, Any]
             f"{run_dir} already holds a run: pass resume=True to go on from its newest proven checkpoint "
             "with its doses in force, or choose another run_dir"
         )
-    plan: Mapping[str, Any] = journal.last_plan(run_dir)
+    plan: Mapping[str, Any] = journal.last_plan(Path(run_dir))
     return plan

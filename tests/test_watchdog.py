@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import grpo_watchdog as gw
 from fakes import HEALTHY, FakeControls
@@ -62,7 +64,7 @@ def test_trouble_soon_after_a_rollback_goes_deeper_and_halts_where_nothing_is_de
     dog, controls = started(tmp_path, rollback_budget=5)
     feed(dog, controls, HEALTHY, range(33))
     verdicts = feed(dog, controls, SICK, range(33, 37))
-    assert [v.rolled_back_to for v in verdicts] == [20, 10, 0, 20]
+    assert [v.rolled_back_to for v in verdicts] == [20, 10, 0, 0]
     assert [v.halt for v in verdicts] == [False, False, False, True]
     assert "no older checkpoint is proven" in dog.halted
 
@@ -359,3 +361,25 @@ def test_the_other_actions_of_a_rulebook_are_done_once_each_time_a_rule_fires(tm
     later = feed(dog, controls, {**HEALTHY, "completion_length": 1.0}, range(5, 40))
     taken = [v.step for v in later if "checkpoint_now" in names(v)]
     assert [b - a for a, b in itertools.pairwise(taken)] == [10] * (len(taken) - 1)
+
+
+def test_a_checkpoint_after_which_trouble_came_back_is_not_trusted_again(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, rollback_budget=9, recur_within=30)
+    feed(dog, controls, HEALTHY, range(33))
+    backs = [v.rolled_back_to for v in feed(dog, controls, SICK, range(33, 35))]
+    assert backs == [20, 10]
+    feed(dog, controls, HEALTHY, range(35, 37))  # too few for anything new to be proven
+    assert feed(dog, controls, SICK, range(37, 38))[0].rolled_back_to == 0
+    assert [p.name for p in (tmp_path / "run/checkpoints").glob("ckpt-*")] == ["ckpt-000001-step-0"]
+
+
+def test_a_refused_attach_leaves_nothing_on_the_optimizer(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/journal.jsonl").write_text("something")
+    before = copy.copy(optimizer.__dict__["_optimizer_step_pre_hooks"])
+    for options in ({"run_dir": tmp_path / "run"}, {"dims": -1}, {"nonsense": 1}):
+        with pytest.raises(gw.ConfigurationError):
+            gw.attach(model=model, optimizer=optimizer, **options)
+    assert optimizer.__dict__["_optimizer_step_pre_hooks"] == before

@@ -27,10 +27,14 @@ class TensorBoardListener:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow, and only for those who use it
 
             target = SummaryWriter(str(target))
-            weakref.finalize(self, target.close)  # also when the interpreter exits
+            weakref.finalize(self, target.close)  # a loop that never closes the watchdog loses nothing
         self._writer = target
         self._firing: set[str] = set()
         self._knobs: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Flush; a writer that was handed over stays its owner's to close."""
+        self._writer.flush()
 
     def __call__(self, step: Step, verdict: Verdict) -> None:
         """Write one observation; knobs and rules only where they changed, the level always."""

@@ -48,8 +48,15 @@ class ModelChecks:
         self._change: torch.Tensor | None = None
         self._before: list[torch.Tensor] | None = None
         self._start = self._origin()
-        optimizer.register_step_pre_hook(lambda *_: self._quietly(self._before_step))
-        optimizer.register_step_post_hook(lambda *_: self._quietly(self._after_step))
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._quietly(self._before_step)),
+            optimizer.register_step_post_hook(lambda *_: self._quietly(self._after_step)),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
     def inspect(self) -> list[Check]:
         """Return all checks. Costs one norm per tensor."""

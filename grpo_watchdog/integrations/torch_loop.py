@@ -66,10 +66,17 @@ class TorchControls:
         self._state = TrainingState(model, optimizer, parts, finite)
         self._checks = ModelChecks(model, optimizer, reference, finite, check_every)
         self.knobs: dict[str, Knob] = {}
-        if LearningRateCeiling.fits(optimizer):
-            self.knobs["learning_rate"] = LearningRateCeiling(optimizer)
+        self._ceiling = LearningRateCeiling(optimizer) if LearningRateCeiling.fits(optimizer) else None
+        if self._ceiling is not None:
+            self.knobs["learning_rate"] = self._ceiling
         for name, spec in turned.items():
             self.knobs[name] = DialKnob(spec, "max" if name == "kl_coef" else "min")
+
+    def detach(self) -> None:
+        """Take every hook off the optimizer."""
+        self._checks.detach()
+        if self._ceiling is not None:
+            self._ceiling.detach()
 
     def save(self, folder: Path) -> None:
         """Write the whole training state."""

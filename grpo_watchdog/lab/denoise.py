@@ -102,7 +102,7 @@ class WindowReward:
     """A reward in [0, 1]: does x_0 lie in a window along its prompt's direction, and near it elsewhere?
 
     The window spans about 0.5 to 3.1 standard deviations of the untrained x_0, so about 0.3 of its samples score;
-    well under 1 nat of KL doubles that. A policy that is blown away, in whichever direction, scores 0.
+    about 0.3 nats of KL nearly double that. A policy that is blown away, in whichever direction, scores 0.
     """
 
     centre = 1.81  # [standard deviations of the untrained x_0]

@@ -112,9 +112,9 @@ class _Teller:
         settings = next_settings(run)
         if settings:
             listed = [
-                self._say(
-                    "setting", name=name, value=f"{value:g}", base=f"{run.bases[name]:g}" if name in run.bases else "?"
-                )
+                self._say("setting", name=name, value=number(value), base=number(run.bases[name]))
+                if name in run.bases
+                else f"{name} {number(value)}"
                 for name, value in settings.items()
             ]
             lines.append(self._say("settings", settings=", ".join(listed)))
@@ -161,7 +161,9 @@ class _Teller:
         if cause["contradicted"]:
             reasons.append(self._say("contra", what="; ".join(cause["contradicted"])))
         title = _text(self._run.book.causes[cause["cause"]].title, self._lang)
-        return [(1, title), (2, " | ".join(reasons) or self._say("no_evidence"))]
+        if not reasons:
+            return [(1, f"{title} ({self._say('no_evidence')})")]
+        return [(1, title), (2, " | ".join(reasons))]
 
     def _check(self, check: dict[str, Any]) -> str:
         key = "unknown_check" if check["passed"] is None else "failed_check"
