@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="watch a real run go wrong, unwatched and watched")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     demo.add_argument("--steps", type=_above_zero, default=300, help="training steps of each run (default 300)")
     demo.add_argument("--run-dir", type=Path, help="where the run folders go (default: runs/demo-seed<N>, made anew)")
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

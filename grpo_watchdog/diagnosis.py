@@ -83,6 +83,8 @@ class Diagnosis:
         scaled = book.policy.targets == "scaled"
         self._scale = {n: base / getattr(book.base, n) for n, base in bases.items()} if scaled else {}
         self.open: dict[str, Incident] = {}
+        self._knobs = tuple(bases)
+        self._settings: dict[int, dict[str, float]] = {}  # by incident: the knobs when it opened, before any dose
 
     def diagnose(
         self, findings: Sequence[Finding], values: Mapping[str, float], checks: Sequence[Check], step: int
@@ -99,20 +101,23 @@ class Diagnosis:
                 now[old.rule] = old._replace(evidence=evidence)
                 continue
             incident = self._incident(evidence, old, step)
-            causes = self._rank(root.rule, findings, values, checks)
+            begun = self._settings.setdefault(incident.id, {n: values[n] for n in self._knobs if n in values})
+            causes = self._rank(root.rule, findings, {**values, **begun}, checks)
             now[root.rule] = incident._replace(causes=causes, checks=tuple(checks))
             news.append(now[root.rule])
         kept = {incident.id for incident in now.values()} | {end.id for end in closed}
         closed += [Closed(i.id, i.rule, step) for i in self.open.values() if i.id not in kept]
-        self.open = now
+        self.open = {i.rule: i for i in sorted(now.values(), key=lambda i: (-RANK[i.severity], i.id))}
+        for end in closed:
+            self._settings.pop(end.id, None)
         return news, closed
 
     def _clusters(self, troubles: list[Trouble]) -> list[tuple[list[Trouble], list[Incident]]]:
-        """Return what belongs together: an open incident goes on wherever its root, or anything it explained, fires."""
+        """Return what belongs together: a trouble, and the open incidents that go on in it."""
         clusters: list[tuple[list[Trouble], list[Incident]]] = [([trouble], []) for trouble in troubles]
         for incident in sorted(self.open.values(), key=lambda i: i.id):
             known = {incident.rule, *(finding.rule for finding in incident.evidence)}
-            touched = [c for c in clusters if any(f.rule in known for trouble in c[0] for f in trouble)]
+            touched = [c for c in clusters if any(_continues(trouble, incident.rule, known) for trouble in c[0])]
             if touched:
                 merged = ([t for c in touched for t in c[0]], [*(i for c in touched for i in c[1]), incident])
                 clusters = [merged, *(c for c in clusters if c not in touched)]
@@ -131,12 +136,14 @@ class Diagnosis:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the open incidents as JSON-able values."""
-        return {"count": self._count, "open": [list(i) for i in self.open.values()]}
+        settings = {str(number): dict(knobs) for number, knobs in self._settings.items()}
+        return {"count": self._count, "open": [list(i) for i in self.open.values()], "settings": settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._count = state["count"]
         self.open = {i.rule: i for i in map(_incident, state["open"])}
+        self._settings = {int(number): dict(knobs) for number, knobs in state["settings"].items()}
 
     def _rank(
         self, rule: str, findings: Sequence[Finding], values: Mapping[str, float], checks: Sequence[Check]
@@ -153,6 +160,11 @@ class Diagnosis:
             ranked.append((strength, RankedCause(name, tuple(supported), tuple(contradicted))))
         ranked.sort(key=lambda pair: pair[0])
         return tuple(cause for _, cause in ranked)
+
+
+def _continues(trouble: Trouble, root: str, known: set[str]) -> bool:
+    """Return whether a trouble is an incident's root, explains it, or is what is left of it."""
+    return trouble[0].rule in known or any(finding.rule == root for finding in trouble)
 
 
 def _worse(root: Finding, incident: Incident) -> bool:

@@ -97,7 +97,8 @@ class Watch:
 
     def update(self, values: Mapping[str, float], step: int) -> bool:
         """Look at one step; return whether the finding changed in rank."""
-        able = self.needs <= values.keys() if self.needs_all else not self.needs.isdisjoint(values)
+        every, given = self.needs_all, self.needs
+        able = all(map(values.__contains__, given)) if every else not given.isdisjoint(values)
         reading = self.detector.read(values, firing=self.held > 0) if able else None
         if reading is None:
             self.missing += 1

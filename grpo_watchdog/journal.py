@@ -25,6 +25,7 @@ SCHEMA = 1
 FILE = "journal.jsonl"
 _FLUSH_SECONDS = 1.0
 _CHUNK = 1 << 20
+_BUFFER = 1 << 16  # bytes between two writes of quiet steps
 _log = logging.getLogger("grpo_watchdog")
 _NONFINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -63,7 +64,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE
             _mend(path)
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=_BUFFER)
             weakref.finalize(self, _close, self._file)  # a loop that never closes the watchdog loses nothing
 
     def append(self, entry: Mapping[str, Any], *, flush: bool = True) -> None:

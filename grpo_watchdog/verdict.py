@@ -19,10 +19,10 @@ from grpo_watchdog.diagnosis import Diagnosis, Incident
 from grpo_watchdog.findings import Blind, Finding, Findings
 from grpo_watchdog.metrics import Intake, Step
 from grpo_watchdog.plan import Planner
-from grpo_watchdog.rule import RANK
 from grpo_watchdog.rulebook import Rulebook
 
 _log = logging.getLogger("grpo_watchdog")
+_LOUD = frozenset({"warning", "critical"})
 _BLIND_EVERY = 100  # observations between looks at what cannot be seen
 
 
@@ -102,15 +102,15 @@ class Judge:
         if scheduled or (level == "critical" and self._level != "critical"):
             notices += self.inspect(number)
         outcomes = self._read_back(number) if self.planner.doses else []
+        loud = level in _LOUD
         record: dict[str, Any] = {}
-        loud = RANK[level] >= RANK["warning"]
         if loud or self.diagnosis.open:
             opened, closed = self.diagnosis.diagnose(findings, values, self._checks, number)
-            record = {"opened": opened, "closed": closed}
+            record = {"opened": opened, "closed": closed} if opened or closed else {}
         incidents = tuple(self.diagnosis.open.values())
         proven, gone = self.ledger.tick(healthy=not loud)
         orders, effects = self.planner.plan(findings, values, self.ledger)
-        if orders or effects or proven or gone or level != self._level or any(record.values()):
+        if record or orders or effects or proven or gone or level != self._level:
             record |= {"orders": orders, "effects": effects, "proven": proven, "gone": gone}
             self._journal.append({"kind": "decision", "step": number, "level": level, **record})
             self._actuator.settle_checkpoints(proven, gone)
@@ -122,17 +122,9 @@ class Judge:
         if notices:
             self.note(number, notices)
             level = "notice" if level == "ok" else level
-        back = next((o.after for o in outcomes if o.action == "rollback" and o.ok), None)
-        return Verdict(
-            number,
-            level,
-            incidents,
-            tuple(outcomes),
-            bool(self.planner.halted),
-            None if back is None else int(back),
-            findings,
-            tuple(notices),
-        )
+        back = _restored(outcomes) if outcomes else None
+        halt = bool(self.planner.halted)
+        return Verdict(number, level, incidents, tuple(outcomes), halt, back, findings, tuple(notices))
 
     def checkpoint(self, step: int) -> Outcome:
         """Take a checkpoint because the loop asks for it."""
@@ -235,3 +227,8 @@ class Judge:
             self._journal.append({"kind": "held", **outcome.as_json()})
             self._log.warning("%s", briefing.sentence(outcome))
         return outcomes
+
+
+def _restored(outcomes: Sequence[Outcome]) -> int | None:
+    """Return the step that was rolled back to, or None."""
+    return next((int(o.after) for o in outcomes if o.action == "rollback" and o.ok and o.after is not None), None)

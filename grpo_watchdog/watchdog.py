@@ -118,12 +118,8 @@ class Watchdog:
             text = f"the watchdog failed on this step and did nothing: {type(error).__name__}: {error}"
             number = step if isinstance(step, int) else -1
             return Verdict(number, "notice", halt=bool(self.halted), notices=(text,))
-        for listener in tuple(self._listeners):
-            try:
-                listener(seen, verdict)
-            except Exception:  # noqa: BLE001
-                _log.exception("a listener failed and is dropped; the run goes on")
-                self._listeners.remove(listener)
+        if self._listeners:
+            self._tell(seen, verdict)
         return verdict
 
     def checkpoint(self, step: int) -> Outcome:
@@ -169,6 +165,14 @@ class Watchdog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._judge.load_state_dict(state)
+
+    def _tell(self, seen: Step, verdict: Verdict) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener(seen, verdict)
+            except Exception:  # noqa: BLE001
+                _log.exception("a listener failed and is dropped; the run goes on")
+                self._listeners.remove(listener)
 
     def _memory(self) -> dict[str, Any]:
         return self._judge.findings.state_dict()

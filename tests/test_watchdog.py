@@ -383,3 +383,24 @@ def test_a_refused_attach_leaves_nothing_on_the_optimizer(tmp_path: Path) -> Non
         with pytest.raises(gw.ConfigurationError):
             gw.attach(model=model, optimizer=optimizer, **options)
     assert optimizer.__dict__["_optimizer_step_pre_hooks"] == before
+
+
+def test_causes_are_judged_by_the_settings_before_our_own_doses(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, FIRST_BAND, range(1))
+    verdict = feed(dog, controls, {**HEALTHY, "log_ratio": 12.0}, range(1, 2))[0]
+    cause = verdict.incidents[0].causes[0]
+    assert cause.cause == "learning_rate_too_high"
+    assert cause.supported == ("learning_rate 1e-05 > 1e-06",)
+
+
+def test_a_second_trouble_in_the_middle_of_a_first_is_an_incident_of_its_own() -> None:
+    dog = gw.Watchdog("documented")
+    row = {"log_ratio": 12.0, "kl_penalty": 12.0, "loss": 30.0}
+    for step in range(3):
+        dog.observe(step, row)
+    verdict = dog.observe(3, {**row, "loss": math.nan})
+    assert [(i.id, i.rule, i.severity, i.since) for i in verdict.incidents] == [
+        (2, "nonfinite", "critical", 3),
+        (1, "log_ratio", "warning", 0),
+    ]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from grpo_watchdog.detectors.detector import Reading
+from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.rule import Number, SingleRule
 
 _FLOAT32_ULP = 2.0**-23
@@ -49,7 +49,7 @@ class WeightDetector:
         self._usual: float | None = None
         self._announced: float | None = None
 
-    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:  # noqa: ARG002
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return the inferred coefficient against the baseline; None while there is no steady one."""
         announced = values.get("kl_coef")
         if announced is not None and math.isfinite(announced) and announced != self._announced:
@@ -71,7 +71,7 @@ class WeightDetector:
                 f"inferred KL coefficient {inferred:.4g}, this run's own was {self._usual:.4g}, and nobody announced it"
             )
             return Reading(1, 1, "loss", inferred, self._usual, note)
-        return Reading(0, 0, "loss", inferred, self._usual)
+        return Reading(0, 0, "loss", inferred, self._usual) if firing else CALM
 
     def _settle(self, inferred: float) -> None:
         """Take the run's own value once it has been steady; until then the identity cannot be relied on."""

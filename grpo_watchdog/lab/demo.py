@@ -1,7 +1,8 @@
 """The demo: one real training three times with one seed: healthy, sick and unwatched, sick and watched.
 
-The sickness is a learning rate that is switched up in the middle of the run and stays up. The unwatched runs are
-observed without controls, so that their reports can be read too; nothing is turned there.
+The sickness is two things that happen to real runs: a learning rate that is switched up in the middle and stays up, and
+later one batch in which a reward comes back as NaN. The unwatched runs are observed without controls, so that their
+reports can be read too; nothing is turned there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import grpo_watchdog as gw
 from grpo_watchdog import briefing
 from grpo_watchdog.lab.denoise import DenoiseTraining
 
-SICK_AT = 0.6  # the share of the run after which the learning rate goes up
-LR_FACTOR = 100.0
+SICK_AT, LR_FACTOR = 0.6, 60.0  # the share of the run after which the learning rate goes up, and how far
+NAN_AT = 0.8  # the share after which one reward is NaN
 
 
 class Played(NamedTuple):
@@ -92,6 +93,9 @@ def _play(folder: Path, seed: int, steps: int, show: _Screen, *, sick: bool, act
             if sick and step == int(SICK_AT * steps):
                 training.make_sick(LR_FACTOR)
                 show.say(f"{folder.name}: step {step}: the learning rate goes up {LR_FACTOR:g} times")
+            if sick and step == int(NAN_AT * steps):
+                training.lose_a_reward()
+                show.say(f"{folder.name}: step {step}: one reward of the batch comes back as NaN")
             verdict = dog.observe(step, training.train_one_step())
             show.tick(folder.name, verdict.level)
             for outcome in verdict.actions if act else ():

@@ -138,6 +138,7 @@ class DenoiseTraining:
         # No weight decay: it would pull towards zero, not towards the reference.
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=self.config.learning_rate, weight_decay=0.0)
         self._lr_factor = 1.0
+        self._reward_lost = False
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._schedule)
         self.sampler = DenoiseSampler(seed)
         self.reward = WindowReward(self.config)
@@ -152,6 +153,8 @@ class DenoiseTraining:
         config = self.config
         kl_coef, clip_epsilon = config.kl_coef, config.clip_epsilon
         path_TBD, prompt_BC, reward_B = self._rollout(self.sampler, config.prompts, config.group_size)
+        if self._reward_lost:
+            reward_B[0], self._reward_lost = math.nan, False
         reward_PG = reward_B.double().view(config.prompts, config.group_size)
         std_P1 = reward_PG.std(dim=1, keepdim=True)
         advantage_B = ((reward_PG - reward_PG.mean(dim=1, keepdim=True)) / (std_P1 + _ADVANTAGE_EPS)).flatten()
@@ -205,6 +208,10 @@ class DenoiseTraining:
         self._lr_factor *= lr_factor
         for group in self.optimizer.param_groups:
             group["lr"] *= lr_factor
+
+    def lose_a_reward(self) -> None:
+        """Let one sample of the next batch come back without a reward (NaN), as when a reward service fails once."""
+        self._reward_lost = True
 
     def _schedule(self, step: int) -> float:
         """Return the learning rate at a step as a multiple of the peak."""

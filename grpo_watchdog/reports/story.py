@@ -100,8 +100,10 @@ class _Teller:
             lines += [(1, self._check(check)) for check in story.checks if not check["passed"]]
             lines += [(1, self._say("passed_checks", names=", ".join(passed)))] if passed else []
         lines.append((0, self._say("did")))
-        lines += [(1, self._action(action)) for action in story.actions] or [(1, self._say("did_nothing"))]
-        lines += [(1, self._effect(effect)) for effect in story.effects]
+        done = [(a["step"], self._action(a)) for a in story.actions] + [
+            (e["step"], self._effect(e)) for e in story.effects
+        ]
+        lines += [(1, line) for _, line in sorted(done, key=lambda pair: pair[0])] or [(1, self._say("did_nothing"))]
         return Section(heading, lines)
 
     def advice(self) -> list[Section]:
