@@ -75,6 +75,7 @@ class Watch:
         "rule",
         "rule_id",
         "seen",
+        "settled",
         "since",
     )
 
@@ -90,6 +91,7 @@ class Watch:
         self.held = 0  # the level that fires
         self.active = False  # pending or firing
         self.loud = False  # firing above a notice
+        self.settled = False  # a notice that simply goes on
         self.since: int | None = None
         self.finding: Finding | None = None
         self.missing = 0  # consecutive observations without what it needs
@@ -107,9 +109,19 @@ class Watch:
         rank = reading.rank
         if not rank and not self.active:
             return False
-        if rank and rank == self.held == reading.sticky and not self.loud and not any(self.below[:rank]):
-            return False  # a notice that simply goes on
-        return self._advance(reading, step)
+        if self.settled and rank == self.held == reading.sticky:
+            return False
+        changed = self._advance(reading, step)
+        self.settled = rank == self.held == reading.sticky and rank > 0 and not self.loud and not any(self.below[:rank])
+        return changed
+
+    def interval(self) -> tuple[str, float, float] | None:
+        """Return the metric and the closed interval within which the next value changes nothing, where there is one."""
+        if self.missing or not self.seen:
+            return None
+        if self.settled:
+            return self.detector.steady
+        return None if self.active else self.detector.quiet
 
     def _advance(self, reading: Reading, step: int) -> bool:
         before, rule = self.held, self.rule
@@ -145,14 +157,14 @@ class Watch:
         return {
             "over": list(self.over), "below": list(self.below), "held": self.held, "active": self.active,
             "since": self.since, "finding": None if self.finding is None else list(self.finding),
-            "missing": self.missing, "seen": self.seen, "detector": self.detector.state_dict(),
+            "missing": self.missing, "seen": self.seen, "settled": self.settled, "detector": self.detector.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.over, self.below, self.held = list(state["over"]), list(state["below"]), state["held"]
         self.active, self.since = state["active"], state["since"]
-        self.missing, self.seen = state["missing"], state["seen"]
+        self.missing, self.seen, self.settled = state["missing"], state["seen"], state["settled"]
         self.finding = None if state["finding"] is None else Finding(*state["finding"])
         self.loud = self.finding is not None and self.finding.severity != "notice"
         self.detector.load_state_dict(state["detector"])
@@ -168,8 +180,10 @@ class Findings:
     def __init__(self, book: Rulebook) -> None:
         """Start with every rule inactive."""
         self._watches = [Watch(rule_id, rule) for rule_id, rule in sorted(book.rules.items())]
-        self._quick = [(w, *w.detector.quiet) for w in self._watches if w.detector.quiet is not None]
-        self._full = [w for w in self._watches if w.detector.quiet is None]
+        sleepers = [w for w in self._watches if w.detector.quiet or w.detector.steady]
+        self._sleepers, self._awake = sleepers, sleepers  # awake: those that the next value may change
+        self._asleep: list[tuple[Watch, str, float, float]] = []
+        self._always = [w for w in self._watches if w not in sleepers]
         self._observations = 0
         self._last: Mapping[str, float] = {}
         self._sampled: dict[str, float] = {}
@@ -181,15 +195,19 @@ class Findings:
 
         Notices are brought up to date when anything starts, ends or changes in rank, not on every step.
         """
-        values, number, dirty = step.values, step.number, False
+        values, number, dirty, turned = step.values, step.number, False, False
         get = values.get
-        for watch, metric, low, high in self._quick:
-            if watch.active or not low <= get(metric, _NAN) <= high:
+        for watch, metric, low, high in self._asleep:
+            if not low <= get(metric, _NAN) <= high:
                 dirty |= watch.update(values, number) or watch.loud
-            elif not watch.seen or watch.missing:
-                watch.seen, watch.missing = True, 0
-        for watch in self._full:
+                turned = True
+        for watch in self._awake:
             dirty |= watch.update(values, number) or watch.loud
+            turned = turned or watch.interval() is not None
+        for watch in self._always:
+            dirty |= watch.update(values, number) or watch.loud
+        if turned:
+            self._sort()
         if dirty:
             self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
         self._last = values
@@ -197,6 +215,16 @@ class Findings:
         if self._observations % _FROZEN_EVERY == 0:
             self._look_for_frozen(values)
         return self.firing
+
+    def _sort(self) -> None:
+        """Put to sleep whom only a value outside an interval can change; most rules of a healthy run."""
+        self._asleep, self._awake = [], []
+        for watch in self._sleepers:
+            interval = watch.interval()
+            if interval is None:
+                self._awake.append(watch)
+            else:
+                self._asleep.append((watch, *interval))
 
     def blind(self) -> tuple[Blind, ...]:
         """Return the rules that cannot see, and why: a metric is absent, frozen, or says nothing."""
@@ -239,6 +267,7 @@ class Findings:
                 watch.load_state_dict(state["watches"][watch.rule_id])
         self._observations, self._last = state["observations"], dict(state["last"])
         self._sampled, self._unchanged = dict(state["sampled"]), dict(state["unchanged"])
+        self._sort()
         self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
 
     def _explained(self, found: list[Finding]) -> tuple[Finding, ...]:

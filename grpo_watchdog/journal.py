@@ -64,8 +64,9 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / FILE
             _mend(path)
-            self._file = path.open("ab", buffering=_BUFFER)
-            weakref.finalize(self, _close, self._file)  # a loop that never closes the watchdog loses nothing
+            file = path.open("ab", buffering=_BUFFER)
+            self._file = file
+            weakref.finalize(self, _close, file)  # a loop that never closes the watchdog loses nothing
 
     def append(self, entry: Mapping[str, Any], *, flush: bool = True) -> None:
         """Append one entry."""

@@ -38,11 +38,13 @@ class Detector(Protocol):
         needs_all: whether it needs all of them, or any one.
         quiet: (metric, low, high): while it does not fire and the value lies in this closed interval,
             there is nothing to evaluate; None where that cannot be said from one value.
+        steady: the same while it fires at its only level: the values that change nothing.
     """
 
     needs: tuple[str, ...]
     needs_all: bool
     quiet: tuple[str, float, float] | None
+    steady: tuple[str, float, float] | None
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return what was seen, or None where it cannot tell from these values (blind on this step)."""
@@ -63,6 +65,7 @@ class Memoryless:
     needs: tuple[str, ...] = ()
     needs_all = True
     quiet: tuple[str, float, float] | None = None
+    steady: tuple[str, float, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""

@@ -33,9 +33,11 @@ class NearDetector(Memoryless):
         """Keep the number."""
         self._rule = rule
         self.needs = (rule.metric,)
+        self._low, self._high = rule.value - rule.within, rule.value + rule.within
+        self.steady = (rule.metric, self._low, self._high)
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:  # noqa: ARG002
         """Return whether the value is near."""
         value = values[self._rule.metric]
-        near = int(abs(value - self._rule.value) <= self._rule.within)
+        near = int(self._low <= value <= self._high)
         return Reading(near, near, self._rule.metric, value, self._rule.value)

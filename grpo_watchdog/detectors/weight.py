@@ -41,6 +41,7 @@ class WeightDetector:
     needs: tuple[str, ...] = ("loss", "policy_loss", "kl_penalty")
     needs_all = True
     quiet: tuple[str, float, float] | None = None
+    steady: tuple[str, float, float] | None = None
 
     def __init__(self, rule: WeightRule) -> None:
         """Start without a baseline."""
