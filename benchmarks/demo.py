@@ -1,6 +1,6 @@
 """The demo over five seeds that were not used to choose its fault: what the watchdog saves, and how long it takes.
 
-python benchmarks/demo.py [--seeds 10 11 12 13 14]
+python benchmarks/demo.py [--seeds 20 21 22 23 24]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grpo_watchdog.cli import main as command
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12, 13, 14])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     print("seed  healthy  unwatched  watched   of healthy: unwatched  watched  rollbacks  seconds")
     unwatched, watched, seconds = list[float](), list[float](), list[float]()
     for seed in parser.parse_args().seeds:

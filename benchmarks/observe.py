@@ -115,7 +115,7 @@ def measure(steps: int) -> dict[str, float]:
 
 
 def _over_floor(times: list[float], floors: list[float]) -> float:
-    """Return a median in units of the floor's, so that a machine that slows down meanwhile does not look like growth."""
+    """Return a median in units of the floor's: a machine that slows down meanwhile does not look like growth."""
     return statistics.median(times) / statistics.median(floors)
 
 

@@ -13,9 +13,8 @@ import logging
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic_core import to_json
 
@@ -58,7 +57,7 @@ class Journal:
 
     def __init__(self, folder: Path | None) -> None:
         """Open for appending; end a torn last line first."""
-        self._file: BufferedWriter | None = None
+        self._file: BinaryIO | None = None
         self._flushed = time.monotonic()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +89,7 @@ class Journal:
             self._file = None
 
 
-def _close(file: BufferedWriter) -> None:
+def _close(file: BinaryIO) -> None:
     try:
         file.close()
     except OSError as error:
@@ -144,7 +143,7 @@ def last_plan(folder: Path) -> Any:  # noqa: ANN401
     return decoded(state)
 
 
-def _entries(path: Path, file: BufferedReader) -> Iterator[dict[str, Any]]:
+def _entries(path: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
     whole = 0
     for number, line in enumerate(file, start=1):
         entry = _entry(line)
