@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grpo_watchdog import examples
 from grpo_watchdog.errors import Problem, RulebookError, WatchdogError
+from grpo_watchdog.metrics import METRICS
 from grpo_watchdog.replay import replay
 from grpo_watchdog.reports import FORMATS, LANGUAGES, read_run
 from grpo_watchdog.rulebook import Rulebook, load, shipped
@@ -120,6 +121,16 @@ def _rules_schema(options: argparse.Namespace) -> int:  # noqa: ARG001
     return 0
 
 
+def _metrics(options: argparse.Namespace) -> int:  # noqa: ARG001
+    print("| metric | unit | pair | reduction | formula | normal | from |\n|---|---|---|---|---|---|---|")
+    for metric in METRICS.values():
+        normal = "" if metric.normal is None else f"{metric.normal[0]:g} to {metric.normal[1]:g}"
+        formula = metric.formula.replace("|", "\\|")
+        cells = (f"`{metric.name}`", metric.unit, metric.pair, metric.reduction, formula, normal, metric.source)
+        print(f"| {' | '.join(cells)} |")
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from grpo_watchdog.lab.demo import main as demo  # noqa: PLC0415 - torch is slow to load, and only the demo needs it
 
@@ -148,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser("replay", help="decide a recorded run again and compare every decision")
     again.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     again.set_defaults(run=_replay)
+
+    metrics = commands.add_parser("metrics", help="the canonical metrics that observe understands")
+    metrics.set_defaults(run=_metrics)
 
     rules = commands.add_parser("rules", help="list, show, check and test rulebooks")
     _rules_parser(rules.add_subparsers(required=True, metavar="WHAT"))

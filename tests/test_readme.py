@@ -12,6 +12,7 @@ import torch
 
 import grpo_watchdog as gw
 from grpo_watchdog import examples
+from grpo_watchdog.cli import main
 from test_reports import INCIDENT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,12 @@ def test_the_rulebook_in_the_docs_is_a_rulebook(tmp_path: Path) -> None:
     assert count > 10
     assert failures == []
     assert "kl_penalty" not in book.rules
+
+
+def test_the_page_of_metrics_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["metrics"]) == 0
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    assert page.endswith(capsys.readouterr().out)
 
 
 def test_the_docs_name_every_kind_action_and_policy_field() -> None:
