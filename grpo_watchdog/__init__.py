@@ -12,12 +12,12 @@ from grpo_watchdog.errors import (
     RulebookError,
     WatchdogError,
 )
-from grpo_watchdog.findings import Finding
 from grpo_watchdog.metrics import METRICS, Metric, Step
 from grpo_watchdog.replay import replay
 from grpo_watchdog.reports import Run, read_run, report
 from grpo_watchdog.rulebook import Policy, Rulebook, load
 from grpo_watchdog.verdict import Verdict
+from grpo_watchdog.watch import Finding
 from grpo_watchdog.watchdog import Watchdog
 
 __all__ = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS, Order, Outcome
@@ -103,7 +104,7 @@ class Actuation:
     def measure(self) -> dict[str, float]:
         """Return the scheduled metrics; none where measuring fails."""
         try:
-            return self._controls.measure()
+            return {name: float(value) for name, value in self._controls.measure().items()}
         except Exception as error:  # noqa: BLE001
             self._say_once("measure", f"param_change and param_drift cannot be measured: {error}")
             return {}
@@ -113,7 +114,10 @@ class Actuation:
         if self._vault is None or not self._controls.restorable:
             detail = "no run_dir, or the trainer offers no checkpoints"
             return Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=detail)
-        checkpoint = self._vault.save(step, self._controls.save, self._memory())
+        with ExitStack() as lifted:
+            for knob in self.knobs.values():
+                lifted.enter_context(knob.lifted())
+            checkpoint = self._vault.save(step, self._controls.save, self._memory())
         return Outcome(step, order.action, None, float(step), order.rule, order.reason, detail=checkpoint)
 
     def roll_back(self, order: Order, step: int) -> Outcome:
@@ -128,7 +132,10 @@ class Actuation:
                 _log.warning("rollback to %s failed: %s", checkpoint, error)
                 continue
             for knob in self.knobs.values():  # the doses on top of what was restored
-                knob.check()
+                try:
+                    knob.check()
+                except Exception as error:  # noqa: BLE001 - said again when it is read back on the next observation
+                    _log.warning("%s after the rollback: %s", knob.where, error)
             after = float(checkpoint.rsplit("-step-", 1)[1])
             reason = "; ".join([order.reason, *(f"passed over {f}" for f in failures)])
             return Outcome(step, order.action, float(step), after, order.rule, reason, detail=checkpoint)

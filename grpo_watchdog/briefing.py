@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from grpo_watchdog.actions import KNOB_ACTIONS, Outcome
+from grpo_watchdog.diagnosis import Incident
+from grpo_watchdog.metrics import RatioTo
 from grpo_watchdog.rulebook import Rulebook
+from grpo_watchdog.watch import Finding
 
 _FAR = 3.0  # a base this many times off the document's makes absolute targets worth a word
 _MANY = 1_000_000  # dimensions from which bands in nats of a sum need a word
@@ -17,25 +20,54 @@ _INSTEAD = {
 }
 
 
-def at_attach(book: Rulebook, bases: Mapping[str, float], *, restorable: bool, dims: int | None = None) -> list[str]:
-    """Return the sentences that are logged at attach and stand in the journal and the report.
+def settings(book: Rulebook, bases: Mapping[str, float]) -> list[str]:
+    """Return what each level will do to this run.
 
     Args:
         book: the rulebook, its policy included.
         bases: what each knob is set to; a knob that is not there cannot be turned.
-        restorable: whether checkpoints can be taken and restored.
-        dims: dimensions that a log-prob is summed over, where known.
     """
     policy = book.policy
-    wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
     return [
         f"rulebook {book.name}, targets {policy.targets}, on divergence {policy.on_divergence}",
         *_levels(book, bases),
-        *_missing(wanted, bases),
-        *_no_way_back(wanted, restorable=restorable, checkpoint_every=policy.checkpoint_every),
-        *_units(dims),
-        *(_far_off(book, bases) if policy.targets == "absolute" else []),
     ]
+
+
+def caveats(
+    book: Rulebook, bases: Mapping[str, float], *, restorable: bool, ratio_to: RatioTo, dims: int | None
+) -> list[str]:
+    """Return what cannot be done, and what should be known before the run begins.
+
+    Args:
+        book: the rulebook, its policy included.
+        bases: what each knob is set to.
+        restorable: whether checkpoints can be taken and restored.
+        ratio_to: the policy that the surrogate ratio is taken to.
+        dims: dimensions that a log-prob is summed over, where known.
+    """
+    wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
+    return [
+        *_missing(wanted, bases),
+        *_idle(wanted, bases, book),
+        *_no_way_back(wanted, restorable=restorable, checkpoint_every=book.policy.checkpoint_every),
+        *_units(dims),
+        *_other_pair(ratio_to),
+        *(_far_off(book, bases) if book.policy.targets == "absolute" else _from_zero(bases)),
+    ]
+
+
+def headline(incident: Incident, book: Rulebook) -> str:
+    """Return an incident as one line of a log."""
+    cause = f"; likely: {book.causes[incident.causes[0].cause].title.en}" if incident.causes else ""
+    return f"{incident.severity}: {finding(incident.evidence[0], book)}{cause}"
+
+
+def finding(found: Finding, book: Rulebook) -> str:
+    """Return a finding as one line of a log."""
+    limit = "" if found.limit is None else f" (limit {found.limit:g})"
+    note = f": {found.note}" if found.note else ""
+    return f"{book.rules[found.rule].title.en}: {found.metric} {found.value:.6g}{limit}{note}"
 
 
 def sentence(outcome: Outcome) -> str:
@@ -95,6 +127,32 @@ def _units(dims: int | None) -> list[str]:
         f"{5 / dims:.1g} a dimension; consider normalising the log-prob, or a rulebook with bands of its own"
     )
     return [line]
+
+
+def _idle(wanted: set[str], bases: Mapping[str, float], book: Rulebook) -> list[str]:
+    return [
+        f"{action.knob} was handed over, but no rule of {book.name} turns it"
+        for name, action in KNOB_ACTIONS.items()
+        if action.knob in bases and name not in wanted and action.knob != "learning_rate"
+    ]
+
+
+def _other_pair(ratio_to: RatioTo) -> list[str]:
+    if ratio_to == "reference":
+        return []
+    line = (
+        "the ratio is taken to the old policy: give `log_ratio` for the bands, and KL to the reference as `kl`; "
+        "the range of `kl_penalty`, -1 to 1, is the document's: a healthy run of this kind may leave it"
+    )
+    return [line]
+
+
+def _from_zero(bases: Mapping[str, float]) -> list[str]:
+    return [
+        f"{name} is 0 at attach: nothing can be scaled from that, so the document's own numbers apply to it"
+        for name, base in bases.items()
+        if base == 0
+    ]
 
 
 def _far_off(book: Rulebook, bases: Mapping[str, float]) -> list[str]:

@@ -82,6 +82,10 @@ class Ledger:
         """Return the proven ones, oldest first."""
         return [c for c in self.entries if c.proven]
 
+    def waiting(self) -> int:
+        """Return how many candidates wait for their probation."""
+        return sum(not c.proven for c in self.entries)
+
     def choices(self, before: str | None = None) -> list[Checkpoint]:
         """Return what a rollback may go to, best first: proven, newest first, and older than `before`."""
         return [c for c in reversed(self.entries) if c.proven and (before is None or c.id < before)]
@@ -187,8 +191,12 @@ class Vault:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def proven(self) -> list[Checkpoint]:
-        """Return the checkpoints on disk that are stamped and whole, oldest first; what a resumed run may trust."""
-        found = []
+        """Return the checkpoints on disk that are stamped and whole, oldest first; what a resumed run may trust.
+
+        Raises:
+            DamagedError: some are stamped, and none of them is whole.
+        """
+        found, damaged = list[Checkpoint](), list[str]()
         for checkpoint_id in self._ids():
             if (self.folder / checkpoint_id / _PROVEN).exists():
                 try:
@@ -197,8 +205,11 @@ class Vault:
                     memory = json.loads((folder / _MEMORY).read_text())
                 except (DamagedError, OSError, ValueError, KeyError) as error:
                     _log.warning("passed over: %s", error)
+                    damaged.append(str(error))
                     continue
                 found.append(Checkpoint(checkpoint_id, step, 0, proven=True, memory=memory))
+        if damaged and not found:
+            raise DamagedError(f"no proven checkpoint is whole: {'; '.join(damaged)}")
         return found
 
     def _ids(self) -> list[str]:

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grpo_watchdog import examples
@@ -140,12 +141,17 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grpo-watchdog", description="A training-health watchdog for GRPO.")
+    parser.add_argument("--version", action="version", version=f"grpo-watchdog {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="watch a real run go wrong, unwatched and watched")
     demo.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
     demo.add_argument("--steps", type=_above_zero, default=300, help="training steps of each run (default 300)")
-    demo.add_argument("--run-dir", type=Path, help="where the run folders go (default: runs/demo-seed<N>, made anew)")
+    demo.add_argument(
+        "--run-dir",
+        type=Path,
+        help="where the run folders go (default: runs/demo, or the first free of runs/demo-2, -3 ...)",
+    )
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     demo.set_defaults(run=_demo)
 
@@ -182,6 +188,13 @@ def _rules_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         command.set_defaults(run=run)
     schema = commands.add_parser("schema", help="the JSON Schema of rulebooks, for editors")
     schema.set_defaults(run=_rules_schema)
+
+
+def _version() -> str:
+    try:
+        return version("grpo-watchdog")
+    except PackageNotFoundError:
+        return "of an uninstalled checkout"
 
 
 def _above_zero(text: str) -> int:

@@ -7,7 +7,8 @@ such a number below a ceiling or above a floor until it is released. `Controls` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -118,6 +119,10 @@ class Knob(Protocol):
         """Return why the hold did not take since the last check, or None; re-apply it where possible."""
         ...
 
+    def lifted(self) -> AbstractContextManager[None]:
+        """Return a context in which the value is the user's own: what a checkpoint holds is never our dose."""
+        ...
+
 
 class DialKnob:
     """Holds what a dial turns: a floor (`safe="max"`) or a ceiling (`safe="min"`).
@@ -175,6 +180,19 @@ class DialKnob:
             return None
         times = f" (for the {self._overwritten}th time)" if self._overwritten > 1 else ""
         return f"{self.where} was {wrote:g} and somebody set it to {now:g}: held at {self._wrote:g} again{times}"
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Write the user's value for the time of the context."""
+        limit = self._limit
+        if limit is None or not self._untouched(self.read()):
+            yield
+            return
+        self._dial.write(self._own)
+        try:
+            yield
+        finally:
+            self._apply(limit)
 
     def _apply(self, limit: float) -> None:
         safe = self._own <= limit if self._ceiling else self._own >= limit  # NaN is on no safe side

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from grpo_watchdog.controls import Check
-from grpo_watchdog.findings import Finding
 from grpo_watchdog.rule import RANK
 from grpo_watchdog.rulebook import Evidence, Rulebook
+from grpo_watchdog.watch import Finding
 
 
 class RankedCause(NamedTuple):
@@ -81,7 +81,7 @@ class Diagnosis:
         self._book = book
         self._count = 0
         scaled = book.policy.targets == "scaled"
-        self._scale = {n: base / getattr(book.base, n) for n, base in bases.items()} if scaled else {}
+        self._bases = {n: (base, getattr(book.base, n)) for n, base in bases.items() if base} if scaled else {}
         self.open: dict[str, Incident] = {}
         self._knobs = tuple(bases)
         self._settings: dict[int, dict[str, float]] = {}  # by incident: the knobs when it opened, before any dose
@@ -153,7 +153,7 @@ class Diagnosis:
         for name in self._book.rules[rule].causes:
             supported, contradicted, proven = list[str](), list[str](), False
             for evidence in self._book.causes[name].evidence:
-                for holds, text in _weigh(evidence, firing, values, checks, self._scale):
+                for holds, text in _weigh(evidence, firing, values, checks, self._bases):
                     (supported if holds else contradicted).append(text)
                     proven |= holds and evidence.check is not None
             strength = 0 if proven else 1 if supported else 3 if contradicted else 2
@@ -194,7 +194,7 @@ def _weigh(
     firing: set[str],
     values: Mapping[str, float],
     checks: Sequence[Check],
-    scale: Mapping[str, float],
+    bases: Mapping[str, tuple[float, float]],
 ) -> list[tuple[bool, str]]:
     """Return whether the evidence holds, with what was seen; nothing where it cannot be told."""
     if evidence.rule is not None:
@@ -205,12 +205,12 @@ def _weigh(
     value = values.get(name)
     if value is None or value != value:  # noqa: PLR0124 - not-a-number speaks neither for nor against
         return []
-    factor = scale.get(name, 1.0)
+    base, documented = bases.get(name, (1.0, 1.0))
     if evidence.above is not None:
-        limit, sign = evidence.above * factor, ">"
+        limit, sign = base * (evidence.above / documented), ">"
         holds = value > limit
     else:
-        limit, sign = (evidence.below or 0.0) * factor, "<"
+        limit, sign = base * ((evidence.below or 0.0) / documented), "<"
         holds = value < limit
     return [(holds, f"{name} {value:.3g} {sign if holds else 'not ' + sign} {limit:.3g}")]
 

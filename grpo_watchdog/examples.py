@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from grpo_watchdog.dose import wanted
 from grpo_watchdog.findings import Findings
 from grpo_watchdog.metrics import Intake
-from grpo_watchdog.plan import wanted
 from grpo_watchdog.rule import Example
 from grpo_watchdog.rulebook import Rulebook
 

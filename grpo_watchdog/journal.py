@@ -13,12 +13,13 @@ import logging
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic_core import to_json
 
-from grpo_watchdog.errors import JournalError
+from grpo_watchdog.errors import JournalError, RulebookError
 
 SCHEMA = 1
 FILE = "journal.jsonl"
@@ -126,6 +127,25 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
             yield from _entries(path, file)
     except OSError as error:
         raise JournalError(f"{path}: {error.strerror}; a run folder holds a {FILE}") from error
+
+
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Turn what a malformed entry does to its reader into a JournalError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RulebookError) as error:
+        raise JournalError(f"{path}: an entry is not what it should be: {type(error).__name__}: {error}") from error
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Return whether a folder holds a run: a process killed before its first whole entry left none."""
+    path = folder / FILE
+    try:
+        with path.open("rb") as file:
+            return file.readline().endswith(b"\n")
+    except OSError:
+        return False
 
 
 def last_plan(folder: Path) -> Any:  # noqa: ANN401

@@ -1,64 +1,23 @@
 """Plan: incidents become orders, the smallest safe dose within budgets. It decides and never acts.
 
-Doses are limits (a ceiling for the learning rate and the clip, a floor for the KL coefficient), so giving
-one twice changes nothing and several merge into the safest. All counts are observations.
+All counts are observations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS, Order, Outcome
 from grpo_watchdog.checkpoints import Ledger
-from grpo_watchdog.findings import Finding
-from grpo_watchdog.rule import RANK
+from grpo_watchdog.dose import Dose, Effect, Want, wanted
 from grpo_watchdog.rulebook import Rulebook
+from grpo_watchdog.watch import Finding
 
 _WATCHED_FOR_EFFECT = ("kl", "kl_penalty", "log_ratio")
 _MOST_PATIENCE = 64
 _TURN = {name: turn for turn, name in enumerate(ACTIONS)}
-
-
-class Dose(NamedTuple):
-    """A limit in force.
-
-    Attributes:
-        limit: the ceiling or floor.
-        rule: the rule that asked for it.
-        rank: the level of the rule that asked for it.
-        given: the observation at which it was given.
-        metric: what must shrink for it to have helped, or "".
-        value: the size of that metric when it was given.
-    """
-
-    limit: float
-    rule: str
-    rank: int
-    given: int
-    metric: str
-    value: float
-
-
-class Effect(NamedTuple):
-    """Whether a dose helped, some observations later."""
-
-    action: str
-    rule: str
-    metric: str
-    before: float
-    after: float
-    helped: bool
-
-
-class Want(NamedTuple):
-    """What the firing rules ask of one action, merged."""
-
-    target: float
-    rule: str
-    rank: int
-    reason: str
 
 
 class Planner:
@@ -97,31 +56,39 @@ class Planner:
     ) -> tuple[list[Order], list[Effect]]:
         """Return what to do now, in the order in which to do it, and which earlier doses helped."""
         self._now += 1
-        loud = bool(findings) and RANK[findings[0].severity] >= RANK["warning"]
-        self._healthy = 0 if loud else self._healthy + 1
+        healthy = self.healthy(findings)
+        self._healthy = self._healthy + 1 if healthy else 0
+        if self._once:
+            self._once = {key for key in self._once if key.split("/")[0] in {f.rule for f in findings}}
         if self.halted:
             return [], []
-        acting = bool(findings) and any((f.rule, f.rank) in self._dosing for f in findings)
-        if not (acting or loud or self.doses):
-            return self._due_checkpoint(), []
+        if healthy and not self.doses and not any((f.rule, f.rank) in self._dosing for f in findings):
+            return self._due_checkpoint(ledger), []
         effects, orders = self._effects(values)
         wants = wanted(self._book, findings)
-        self._once = {key for key in self._once if key.split("/")[0] in {f.rule for f in findings}}
         if "rollback" in wants:
             orders += self._diverged(wants["rollback"], ledger)
         orders += [o for name in ACTIONS if name in wants and (o := self._order(name, wants[name])) is not None]
-        if not loud and self.doses and self._healthy >= self._policy.recover_after * self._patience:
-            why = f"healthy for {self._healthy} observations"
-            orders += [Order(name, None, dose.rule, why, release=True) for name, dose in self.doses.items()]
-        if not loud and not orders:
-            orders = self._due_checkpoint()
+        if healthy:
+            orders += self._recovery() + self._due_checkpoint(ledger)
         orders.sort(key=lambda order: _TURN[order.action])
         return orders, effects
+
+    def healthy(self, findings: Sequence[Finding]) -> bool:
+        """Return whether nothing fires that asks for a dose or is critical.
+
+        A warning without a dose (a range in the document's units, say) is reported, but it neither holds up
+        checkpoints nor keeps doses in force: it may stand for a whole healthy run.
+        """
+        return not any(
+            f.severity == "critical" or (f.severity == "warning" and (f.rule, f.rank) in self._dosing) for f in findings
+        )
 
     def settle(self, orders: Sequence[Order], outcomes: Sequence[Outcome], findings: Sequence[Finding],
                values: Mapping[str, float]) -> list[Order]:  # fmt: skip
         """Learn what became of the orders; return what must follow from it (a halt where a rollback failed)."""
         ranks = {f.rule: f.rank for f in findings}
+        restored = any(o.action == "rollback" and o.ok for o in outcomes)
         follow: list[Order] = []
         for order, outcome in zip(orders, outcomes, strict=True):
             if order.action == "rollback" and outcome.ok:
@@ -137,7 +104,7 @@ class Planner:
             elif order.action == "checkpoint_more_often" and order.target is not None and self._interval:
                 self._interval = max(1, round(self._policy.checkpoint_every / order.target))
             elif order.action in KNOB_ACTIONS:
-                self._note_dose(order, outcome, ranks.get(order.rule, 1), values)
+                self._note_dose(order, outcome, ranks.get(order.rule, 1), {} if restored else values)
         return follow
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +125,19 @@ class Planner:
         self._rollbacks = [(r[0], r[1]) for r in state["rollbacks"]]
         self._interval, self._last_checkpoint = state["interval"], state["last_checkpoint"]
         self.doses = {k: Dose(*v) for k, v in state["doses"].items()}
+
+    def take_over(self, state: Mapping[str, Any]) -> list[str]:
+        """Take an earlier session's plan: its doses stay due, its budget and its checkpoints start afresh.
+
+        Returns:
+            What of it cannot be taken over.
+        """
+        afresh = {"halted": "", "rollbacks": [], "healthy": 0, "interval": self._interval}
+        self.load_state_dict({**state, **afresh, "last_checkpoint": state["now"] - self._interval})
+        lost = [name for name in self.doses if KNOB_ACTIONS[name].knob not in self._bases]
+        for name in lost:
+            del self.doses[name]
+        return [f"{name} was in force, but there is no {KNOB_ACTIONS[name].knob} knob any more" for name in lost]
 
     def resume_orders(self) -> list[Order]:
         """Return the orders that put the doses in force back onto a trainer that was started anew."""
@@ -190,7 +170,10 @@ class Planner:
         newest = tuple(c.id for c in ledger.choices())
         last = self._rollbacks[-1] if self._rollbacks else None
         again = last is not None and self._now - last[0] <= self._policy.recur_within
-        deeper = tuple(c.id for c in ledger.choices(before=last[1])) if again and last else newest
+        if again and last and newest and newest[0] <= last[1]:  # nothing was proven since: that checkpoint failed
+            deeper = tuple(c.id for c in ledger.choices(before=last[1]))
+        else:
+            deeper = newest
         if self._policy.on_divergence == "halt":
             why = "on_divergence is halt"
         elif not newest:
@@ -205,20 +188,30 @@ class Planner:
         restore = [Order("rollback", None, want.rule, "the state to halt in", checkpoints=newest)] if newest else []
         return [*restore, Order("halt", None, want.rule, f"{want.reason}; {why}")]
 
-    def _due_checkpoint(self) -> list[Order]:
-        if not self._interval or not self._restorable or self._healthy < 1:
+    def _recovery(self) -> list[Order]:
+        """Return the releases that are due; a release that failed is tried again after the cool-down."""
+        if self._healthy < self._policy.recover_after * self._patience:
             return []
-        if self._now - self._last_checkpoint < self._interval:
+        self._interval = self._policy.checkpoint_every
+        why = f"healthy for {self._healthy} observations"
+        due = [name for name in self.doses if self._now >= self._locked.get(name, (0, 0))[0]]
+        return [Order(name, None, self.doses[name].rule, why, release=True) for name in due]
+
+    def _due_checkpoint(self, ledger: Ledger) -> list[Order]:
+        if not self._interval or not self._restorable or self._now - self._last_checkpoint < self._interval:
+            return []
+        if ledger.waiting() > self._policy.keep:  # enough wait for their probation: a disk is not endless
             return []
         return [Order("checkpoint_now", None, "schedule", f"every {self._interval} observations")]
 
     def _effects(self, values: Mapping[str, float]) -> tuple[list[Effect], list[Order]]:
         """Look at doses that have had their time; take a KL dose back where the KL did not fall (reading 9)."""
         effects, orders = [], []
-        for name, dose in self.doses.items():
+        for name, dose in list(self.doses.items()):
             after = values.get(dose.metric)
-            if self._now - dose.given != self._policy.effect_within or after is None:
+            if dose.judged or self._now - dose.given < self._policy.effect_within or after is None:
                 continue
+            self.doses[name] = dose._replace(judged=True)
             helped = abs(after) < dose.value or (math.isfinite(after) and not math.isfinite(dose.value))
             effects.append(Effect(name, dose.rule, dose.metric, dose.value, abs(after), helped))
             if name == "raise_kl_coef" and not helped:
@@ -229,34 +222,17 @@ class Planner:
         return effects, orders
 
     def _note_dose(self, order: Order, outcome: Outcome, rank: int, values: Mapping[str, float]) -> None:
-        if order.release and outcome.ok:
+        taken = outcome.ok or (not order.release and outcome.after is not None)  # held, though it reads otherwise
+        if not taken:
+            self._locked[order.action] = (self._now + max(1, self._policy.cooldown), rank)
+        elif order.release:
             self.doses.pop(order.action, None)
             if self._healthy >= self._policy.recover_after * self._patience:
                 self._lifted.add(order.action)
-        elif not order.release and outcome.ok and order.target is not None:
+        elif order.target is not None:
             if order.action in self._lifted:  # it was let go too early: be slower next time
                 self._lifted.clear()
                 self._patience = min(2 * self._patience, _MOST_PATIENCE)
             metric = next((m for m in _WATCHED_FOR_EFFECT if m in values), "")
             size = abs(values[metric]) if metric else 0.0
             self.doses[order.action] = Dose(order.target, order.rule, rank, self._now, metric, size)
-
-
-def wanted(book: Rulebook, findings: Sequence[Finding]) -> dict[str, Want]:
-    """Return what all firing rules together ask of each action: the safest of each; symptoms ask for nothing."""
-    wants: dict[str, Want] = {}
-    for finding in findings:
-        if finding.inhibited_by:
-            continue
-        reason = _reason(finding)
-        for name, target in book.rules[finding.rule].ladder[finding.rank - 1].do.items():
-            new = Want(float(target), finding.rule, finding.rank, reason)
-            old = wants.get(name)
-            if old is None or ACTIONS[name].merge(old.target, new.target) != old.target:
-                wants[name] = new
-    return wants
-
-
-def _reason(finding: Finding) -> str:
-    limit = "" if finding.limit is None else f" against {finding.limit:g}"
-    return f"{finding.metric} {finding.value:.6g}{limit}" + (f" ({finding.note})" if finding.note else "")

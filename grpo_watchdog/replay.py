@@ -107,7 +107,11 @@ def replay(run_dir: str | Path) -> Replay:
     Raises:
         JournalError: the journal cannot be read.
     """
-    entries = list(journal.read(Path(run_dir)))
+    with journal.guarded(Path(run_dir)):
+        return _replay(list(journal.read(Path(run_dir))))
+
+
+def _replay(entries: list[dict[str, Any]]) -> Replay:
     torn = entries[-1]["kind"] == "notice" and entries[-1]["step"] is None and "torn" in entries[-1]["text"]
     steps, decisions, differences = 0, 0, list[Difference]()
     for session in _sessions(entries):

@@ -146,7 +146,7 @@ class Rulebook(Model):
 
     def limit(self, action: str, target: float, base: float, *, scaled: bool) -> float:
         """Return the limit that a documented target means for a run that started with `base`."""
-        if not scaled or action not in KNOB_ACTIONS:
+        if not scaled or action not in KNOB_ACTIONS or base == 0:  # nothing can be scaled from 0
             return target
         reference: float = getattr(self.base, KNOB_ACTIONS[action].knob)
         return base * (target / reference)

@@ -16,10 +16,11 @@ from grpo_watchdog.actuation import Actuator
 from grpo_watchdog.checkpoints import Ledger
 from grpo_watchdog.controls import Check
 from grpo_watchdog.diagnosis import Diagnosis, Incident
-from grpo_watchdog.findings import Blind, Finding, Findings
+from grpo_watchdog.findings import Blind, Findings
 from grpo_watchdog.metrics import Intake, Step
 from grpo_watchdog.plan import Planner
 from grpo_watchdog.rulebook import Rulebook
+from grpo_watchdog.watch import Finding
 
 _log = logging.getLogger("grpo_watchdog")
 _LOUD = frozenset({"warning", "critical"})
@@ -87,6 +88,9 @@ class Judge:
         self._level = "ok"
         self._checks: list[Check] = []
         self._said_checks: set[str] = set()
+        self._said_notices: set[str] = set()
+        self._seen: tuple[Finding, ...] = ()
+        self._book = book
         self._blind: tuple[Blind, ...] = ()
 
     def judge(self, seen: Step, notices: list[str]) -> Verdict:
@@ -107,16 +111,21 @@ class Judge:
         if loud or self.diagnosis.open:
             opened, closed = self.diagnosis.diagnose(findings, values, self._checks, number)
             record = {"opened": opened, "closed": closed} if opened or closed else {}
+            for incident in opened:
+                self._log.warning("step %s: %s", number, briefing.headline(incident, self._book))
         incidents = tuple(self.diagnosis.open.values())
-        proven, gone = self.ledger.tick(healthy=not loud)
+        proven, gone = self.ledger.tick(healthy=self.planner.healthy(findings))
         orders, effects = self.planner.plan(findings, values, self.ledger)
         if record or orders or effects or proven or gone or level != self._level:
             record |= {"orders": orders, "effects": effects, "proven": proven, "gone": gone}
             self._journal.append({"kind": "decision", "step": number, "level": level, **record})
             self._actuator.settle_checkpoints(proven, gone)
+        if findings is not self._seen:
+            self._seen = findings
+            notices += self._first_time(findings)
+        self._level = level
         if orders:
             outcomes += self._carry_out(orders, seen, findings)
-        self._level = level
         if self._ticks == 1 or self._ticks % _BLIND_EVERY == 0:
             self.note_blind(number)
         if notices:
@@ -144,6 +153,14 @@ class Judge:
         fresh = [text for text in failed if text not in self._said_checks]
         self._said_checks.update(fresh)
         return fresh
+
+    def _first_time(self, findings: Sequence[Finding]) -> list[str]:
+        """Return what rules at the level of a notice say, once each."""
+        fresh = [
+            f for f in findings if f.severity == "notice" and not f.inhibited_by and f.rule not in self._said_notices
+        ]
+        self._said_notices.update(f.rule for f in fresh)
+        return [briefing.finding(f, self._book) for f in fresh]
 
     def note(self, number: int | None, notices: Sequence[str]) -> None:
         """Write notices to the journal and the log."""
@@ -175,6 +192,7 @@ class Judge:
             "level": self._level,
             "checks": [list(c) for c in self._checks],
             "said_checks": sorted(self._said_checks),
+            "said_notices": sorted(self._said_notices),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,13 +204,14 @@ class Judge:
         self.intake.load_state_dict(state["intake"])
         self._ticks, self._level = state["ticks"], state["level"]
         self._checks = [Check(*c) for c in state["checks"]]
-        self._said_checks = set(state["said_checks"])
+        self._said_checks, self._said_notices = set(state["said_checks"]), set(state["said_notices"])
 
     def _carry_out(self, orders: Sequence[Order], seen: Step, findings: Sequence[Finding]) -> list[Outcome]:
         """Execute, learn from the outcomes, and execute what follows from them."""
         done: list[Outcome] = []
+        interrupted: BaseException | None = None
         while orders:
-            outcomes = self._actuator.execute(orders, seen.number)
+            outcomes, interrupted = self._execute(orders, seen.number, interrupted)
             self._learn(outcomes)
             done += outcomes
             orders = self.planner.settle(orders, outcomes, findings, seen.values)
@@ -200,7 +219,25 @@ class Judge:
             self.note_state()
         if self.planner.halted:
             self.note_blind(seen.number)
+        if interrupted is not None:
+            raise interrupted
         return done
+
+    def _execute(
+        self, orders: Sequence[Order], step: int, interrupted: BaseException | None
+    ) -> tuple[list[Outcome], BaseException | None]:
+        """Carry orders out one by one; after a Ctrl-C (in a notebook, say) the rest is written down as not done."""
+        outcomes: list[Outcome] = []
+        for order in orders:
+            if interrupted is None:
+                try:
+                    outcomes += self._actuator.execute([order], step)
+                    continue
+                except BaseException as error:  # noqa: BLE001 - raised again once everything is written down
+                    interrupted = error
+            what = f"interrupted: {type(interrupted).__name__}"
+            outcomes.append(Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=what))
+        return outcomes, interrupted
 
     def _learn(self, outcomes: Sequence[Outcome]) -> None:
         """Write the outcomes down, and bring the watchdog's own state in line with the trainer's."""
@@ -219,6 +256,7 @@ class Judge:
         self.ledger.drop(newer)
         self._actuator.settle_checkpoints([], newer)
         self.findings.load_state_dict(target.memory)
+        self._checks = []  # they were of the state that is gone
         self.intake.rewind(step)
 
     def _read_back(self, number: int) -> list[Outcome]:

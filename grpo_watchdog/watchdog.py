@@ -35,7 +35,8 @@ class Watchdog:
         ratio_to: the policy that the trainer's surrogate ratio is taken to, "reference" or "old".
         dims: dimensions or tokens that a trajectory's log-prob is summed over, where known.
         resume: go on in a run_dir that already holds a run: the newest proven checkpoint is restored and the doses
-            that were in force are put back on top.
+            that were in force are put back on top; `resumed_from` is then its step (None where there was none), and the
+            loop goes on from `resumed_from` + 1.
         listeners: called after every observation with the step and the verdict.
         **policy: any field of the rulebook's policy: on_divergence, checkpoint_every, probation, recover_after,
             rollback_budget, targets ...
@@ -63,37 +64,34 @@ class Watchdog:
         if dims is not None and (type(dims) is not int or dims < 1):
             raise ConfigurationError(f"dims is {dims!r}; allowed: a whole number above 0")
         self.book = (rules if isinstance(rules, Rulebook) else load(rules)).with_policy(policy)
+        if run_dir is not None and not isinstance(run_dir, str | Path):
+            raise ConfigurationError(f"run_dir is {run_dir!r}; allowed: a path, or None")
         self.run_dir = None if run_dir is None else Path(run_dir)
-        earlier = earlier_session(run_dir, resume=resume)
+        earlier = earlier_session(self.run_dir, resume=resume)
         controls = NoControls() if controls is None else controls
         vault = None if self.run_dir is None else Vault(self.run_dir / "checkpoints")
         self._actuator = Actuation(controls, vault, self._memory)
-        self._journal = journal.Journal(self.run_dir)
+        try:
+            self._journal = journal.Journal(self.run_dir)
+        except OSError as error:
+            raise ConfigurationError(f"run_dir {self.run_dir} cannot be written: {error.strerror}") from error
         bases = {name: knob.base() for name, knob in controls.knobs.items()}
         restorable = vault is not None and controls.restorable
         intake = Intake(ratio_to, dims)
         self._judge = Judge(self.book, self._actuator, self._journal, intake=intake, bases=bases, restorable=restorable)
         self._listeners = list(listeners)
-        self.briefing = briefing.at_attach(self.book, bases, restorable=restorable, dims=dims)
+        levels = briefing.settings(self.book, bases)
+        caveats = briefing.caveats(self.book, bases, restorable=restorable, ratio_to=ratio_to, dims=dims)
         self.resumed_from: int | None = None
         if earlier is not None and vault is not None:
-            self._take_over(earlier, vault)
-        start = {
-            "kind": "start",
-            "schema": journal.SCHEMA,
-            "time": time.time(),
-            "ratio_to": ratio_to,
-            "dims": dims,
-            "bases": bases,
-            "restorable": restorable,
-            "briefing": self.briefing,
-            "digest": self.book.digest,
-            "rulebook": json.loads(self.book.as_json()),
-            "state": self._judge.state_dict(),
-        }
-        self._journal.append(start)
-        for line in self.briefing:
+            caveats += self._take_over(earlier, vault)
+        self.briefing = [*levels, *caveats]
+        self._bases, self._restorable = bases, restorable
+        self._note_start()
+        for line in levels:
             _log.info("%s", line)
+        for line in caveats:
+            _log.warning("%s", line)
         self._judge.note(None, self._judge.inspect(None))
         if earlier is not None:
             self._put_back()
@@ -115,7 +113,9 @@ class Watchdog:
             verdict = self._judge.judge(seen, notices)
         except Exception as error:  # noqa: BLE001 - nothing inside the watchdog may break the training
             _log.exception("the watchdog failed inside observe; the run goes on")
-            text = f"the watchdog failed on this step and did nothing: {type(error).__name__}: {error}"
+            text = (
+                f"the watchdog failed on this step; what it had begun may be in force: {type(error).__name__}: {error}"
+            )
             number = step if isinstance(step, int) else -1
             return Verdict(number, "notice", halt=bool(self.halted), notices=(text,))
         if self._listeners:
@@ -128,7 +128,12 @@ class Watchdog:
         Returns:
             The outcome; `ok` is False with the reason in `detail` where none was taken.
         """
-        return self._judge.checkpoint(step)
+        try:
+            return self._judge.checkpoint(int(step))
+        except Exception as error:  # noqa: BLE001 - nothing inside the watchdog may break the training
+            _log.exception("the watchdog failed inside checkpoint; the run goes on")
+            told = f"{type(error).__name__}: {error}"
+            return Outcome(-1, "checkpoint_now", None, None, "call", "asked for by the loop", ok=False, detail=told)
 
     def blind(self) -> tuple[Blind, ...]:
         """Return the rules that cannot see, what they miss, and why."""
@@ -146,7 +151,10 @@ class Watchdog:
         self._journal.append({"kind": "end"})
         self._journal.close()
         for listener in self._listeners:
-            getattr(listener, "close", lambda: None)()
+            try:
+                getattr(listener, "close", lambda: None)()
+            except Exception:  # noqa: BLE001
+                _log.exception("a listener failed to close")
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -163,8 +171,10 @@ class Watchdog:
         return self._judge.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `state_dict` returned, and put the doses that it has in force onto the trainer."""
         self._judge.load_state_dict(state)
+        self._actuator.execute(self._judge.planner.resume_orders(), -1)
+        self._note_start()
 
     def _tell(self, seen: Step, verdict: Verdict) -> None:
         for listener in tuple(self._listeners):
@@ -177,14 +187,36 @@ class Watchdog:
     def _memory(self) -> dict[str, Any]:
         return self._judge.findings.state_dict()
 
-    def _take_over(self, plan: Mapping[str, Any], vault: Vault) -> None:
-        """Take an earlier session's memory: its doses stay due, its budget starts afresh, it is not halted."""
-        afresh = {"halted": "", "rollbacks": [], "healthy": 0}
-        self._judge.planner.load_state_dict({**plan, **afresh})
+    def _note_start(self) -> None:
+        start = {
+            "kind": "start",
+            "schema": journal.SCHEMA,
+            "time": time.time(),
+            "ratio_to": self._judge.intake.ratio_to,
+            "dims": self._judge.intake.dims,
+            "bases": self._bases,
+            "restorable": self._restorable,
+            "briefing": self.briefing,
+            "digest": self.book.digest,
+            "rulebook": json.loads(self.book.as_json()),
+            "state": self._judge.state_dict(),
+        }
+        self._journal.append(start)
+
+    def _take_over(self, plan: Mapping[str, Any], vault: Vault) -> list[str]:
+        """Take an earlier session's memory; return what has to be said about it.
+
+        Raises:
+            DamagedError: there are proven checkpoints, and none of them is whole.
+        """
+        said = self._judge.planner.take_over(plan)
         self._judge.ledger.entries = vault.proven()
         for newest in self._judge.ledger.choices()[:1]:
             self.resumed_from = newest.step
             self._judge.findings.load_state_dict(newest.memory)
+        if self.resumed_from is None:
+            said.append("resumed without a proven checkpoint: nothing is restored, training begins from these weights")
+        return said
 
     def _put_back(self) -> None:
         """Restore the newest proven checkpoint and put the doses back in force on top.
@@ -209,8 +241,9 @@ def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str,
 
     Raises:
         ConfigurationError: there is one and it is not wanted, or there is none and it is.
+        JournalError: there is one, and it cannot be read.
     """
-    exists = run_dir is not None and (Path(run_dir) / journal.FILE).exists()
+    exists = run_dir is not None and journal.holds_a_run(Path(run_dir))
     if run_dir is None or not exists:
         if resume:
             raise ConfigurationError(f"resume=True, but {run_dir} holds no run; leave resume out to begin one")

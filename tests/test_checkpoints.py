@@ -167,13 +167,14 @@ def test_a_rollback_takes_the_next_proven_checkpoint_or_halts(tmp_path: Path, at
         assert not differences(training.snapshot(), before)
 
 
-def test_without_any_whole_checkpoint_a_resumed_run_starts_anew(proven: Path, tmp_path: Path) -> None:
+def test_resuming_where_no_proven_checkpoint_is_whole_is_refused(proven: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(proven, run_dir)
     for folder in folders(run_dir):
         flip(folder / "training.pt")
-    step, training = resumed(run_dir)
-    assert step is None
+    training = Training(7)
+    with pytest.raises(gw.DamagedError, match="no proven checkpoint is whole"):
+        gw.attach(**parts(training), run_dir=run_dir, resume=True)
     assert not differences(training.snapshot(), Training(7).snapshot())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import string
 from pathlib import Path
@@ -84,8 +85,52 @@ def test_a_rescued_run_tells_what_was_done_and_whether_it_helped(tmp_path: Path)
     text = gw.report(tmp_path / "run")
     assert "Rolled back 1 time(s): 40 -> 30." in text
     assert "since step 40; over at step 41" in text
-    assert "step 50: raise_kl_coef: |log_ratio| went from 30 to 0.1: it helped" in text
+    assert "it helped" not in text  # what the rollback did is not credited to the doses
     assert "In force at the end: learning_rate 1e-07, kl_coef 2." in text
+
+
+def test_doses_are_told_with_whether_they_helped(tmp_path: Path) -> None:
+    with gw.Watchdog("documented", FakeControls(), tmp_path / "run") as dog:
+        for step in range(30):
+            dog.observe(step, {**HEALTHY, "log_ratio": 6.0 if step == 10 else 0.1})
+    assert "step 20: raise_kl_coef: |log_ratio| went from 6 to 0.1: it helped" in gw.report(tmp_path / "run")
+
+
+def test_a_kl_dose_that_was_taken_back_is_not_recommended(tmp_path: Path) -> None:
+    with gw.Watchdog("documented", FakeControls(), tmp_path / "run") as dog:
+        for step in range(15):
+            dog.observe(step, {**HEALTHY, "log_ratio": 6.0 + step / 10})
+    settings = json.loads(gw.report(tmp_path / "run", "json"))["next_settings"]
+    assert settings == {"learning_rate": 1e-6}
+
+
+def test_a_run_resumed_under_another_rulebook_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "schema: 1\nname: mine\nextends: documented\nrules:\n  long:\n    kind: outside\n"
+        "    title: {en: Too long, zh: 过长}\n"
+        "    source: ours\n    metric: completion_length\n    high: 10\n    severity: warning\n"
+    )
+    with gw.Watchdog("documented", FakeControls(), tmp_path / "run") as dog:
+        dog.observe(0, {**HEALTHY, "log_ratio": 6.0})
+    with gw.Watchdog(tmp_path / "mine.yaml", FakeControls(), tmp_path / "run", resume=True) as dog:
+        dog.observe(1, {**HEALTHY, "completion_length": 20.0})
+    for style in ("text", "markdown", "json"):
+        assert "Too long" in gw.report(tmp_path / "run", style) or style == "json"
+    first, second = gw.read_run(tmp_path / "run").incidents
+    assert (first.rule, first.closed, second.rule, second.closed) == ("log_ratio", 0, "long", None)
+
+
+def test_a_killed_run_knows_its_proven_checkpoints(tmp_path: Path) -> None:
+    dog = gw.Watchdog("documented", FakeControls(), tmp_path / "run", checkpoint_every=5, probation=3)
+    for step in range(20):
+        dog.observe(step, HEALTHY)
+    path = tmp_path / "run/journal.jsonl"  # as a kill leaves it: the last state entry and the end are not there
+    del dog
+    gc.collect()
+    path.write_text(
+        "".join(line for line in path.read_text().splitlines(keepends=True) if '"kind":"state"' not in line)
+    )
+    assert gw.read_run(tmp_path / "run").proven == [0, 5, 10, 15][-3:]
 
 
 def test_what_could_not_be_seen_is_said_with_what_to_switch_on(tmp_path: Path) -> None:

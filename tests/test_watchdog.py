@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -377,7 +380,7 @@ def test_a_refused_attach_leaves_nothing_on_the_optimizer(tmp_path: Path) -> Non
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/journal.jsonl").write_text("something")
+    (tmp_path / "run/journal.jsonl").write_text("something\n")
     before = copy.copy(optimizer.__dict__["_optimizer_step_pre_hooks"])
     for options in ({"run_dir": tmp_path / "run"}, {"dims": -1}, {"nonsense": 1}):
         with pytest.raises(gw.ConfigurationError):
@@ -404,3 +407,156 @@ def test_a_second_trouble_in_the_middle_of_a_first_is_an_incident_of_its_own() -
         (2, "nonfinite", "critical", 3),
         (1, "log_ratio", "warning", 0),
     ]
+
+
+def test_a_standing_warning_without_a_dose_holds_up_neither_checkpoints_nor_recovery(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, recover_after=20)
+    row = {**HEALTHY, "mean_reward": 1.5}  # outside the document's range for the whole run
+    feed(dog, controls, row, range(33))
+    verdict = feed(dog, controls, {**row, "log_ratio": 25.0}, range(33, 34))[0]
+    assert verdict.rolled_back_to == 20
+    feed(dog, controls, row, range(34, 60))
+    assert controls.settings["learning_rate"] == 1e-5
+
+
+def test_trouble_after_newer_checkpoints_were_proven_goes_to_the_newest_of_them(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, keep=1, recur_within=1000)
+    feed(dog, controls, HEALTHY, range(33))
+    assert feed(dog, controls, SICK, range(33, 34))[0].rolled_back_to == 20
+    feed(dog, controls, HEALTHY, range(34, 70))
+    verdict = feed(dog, controls, SICK, range(70, 71))[0]
+    assert not verdict.halt
+    assert verdict.rolled_back_to is not None
+    assert verdict.rolled_back_to > 33
+
+
+def test_warnings_and_notices_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dog, controls = started(tmp_path)
+    row = {**HEALTHY, "mean_reward": 1.5, "mean_advantage": 0.0}
+    verdicts = feed(dog, controls, row, range(10))
+    assert caplog.text.count("step 0: warning: Mean reward outside 0 to 1: mean_reward 1.5 (limit 1)") == 1
+    assert caplog.text.count("Mean advantage is 0: arithmetic") == 1
+    assert [len(v.notices) for v in verdicts] == [1] + [0] * 9
+
+
+def test_resuming_where_no_checkpoint_is_whole_is_refused_and_where_none_was_proven_is_said(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path)
+    feed(dog, controls, HEALTHY, range(3))
+    dog.close()
+    again, _ = started(tmp_path, resume=True)
+    assert again.resumed_from is None
+    assert any("nothing is restored" in line for line in again.briefing)
+    feed(again, controls, HEALTHY, range(3, 40))
+    again.close()
+    for path in (tmp_path / "run/checkpoints").glob("*/weights.json"):
+        path.write_text("7")
+    with pytest.raises(gw.DamagedError, match="no proven checkpoint is whole"):
+        started(tmp_path, resume=True)
+
+
+def test_a_resumed_run_takes_checkpoints_as_asked_now_and_drops_doses_of_knobs_that_are_gone(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, checkpoint_every=0)
+    feed(dog, controls, FIRST_BAND, range(2))
+    dog.close()
+    again, fresh = started(tmp_path, FakeControls(without=("kl_coef",)), resume=True, recover_after=5)
+    assert any("there is no kl_coef knob any more" in line for line in again.briefing)
+    actions = [name for v in feed(again, fresh, HEALTHY, range(2, 40)) for name in names(v)]
+    assert actions.count("checkpoint_now") == 4
+    assert actions.count("restore_learning_rate") == 1
+    assert "restore_kl_coef" not in actions
+
+
+@pytest.mark.parametrize("step", [np.int64(5), torch.tensor(5), 5.0, "five", None])
+def test_a_checkpoint_that_the_loop_asks_for_never_raises(tmp_path: Path, step: Any) -> None:  # noqa: ANN401
+    dog, controls = started(tmp_path, checkpoint_every=0)
+    outcome = dog.checkpoint(step)
+    assert outcome.ok == (step not in ("five", None))
+    feed(dog, controls, HEALTHY, range(6, 20))
+    dog.close()
+    assert started(tmp_path, resume=True)[0].resumed_from == (5 if outcome.ok else None)
+
+
+def test_a_knob_that_takes_only_in_part_is_held_once_and_let_go(tmp_path: Path) -> None:
+    trainer, controls = SimpleNamespace(beta=0.1), FakeControls(without=("kl_coef",))
+
+    def write(value: float) -> None:
+        trainer.beta = min(value, 0.3)
+
+    controls.knobs["kl_coef"] = DialKnob(dial((lambda: trainer.beta, write), "kl_coef"), "max")
+    dog, _ = started(tmp_path, controls, recover_after=10)
+    verdicts = feed(dog, controls, FIRST_BAND, range(5)) + feed(dog, controls, HEALTHY, range(5, 40))
+    told = [o for v in verdicts for o in v.actions if o.action == "raise_kl_coef"]
+    assert [o.ok for o in told] == [False]
+    assert "reads 0.3 after it was held at 0.5" in told[0].detail
+    assert trainer.beta == 0.1
+
+
+def test_a_checkpoint_holds_the_users_settings_and_never_our_doses(tmp_path: Path) -> None:
+    class WithSettings(FakeControls):
+        def save(self, folder: Path) -> None:
+            (folder / "settings.json").write_text(json.dumps(self.settings))
+
+        def restore(self, folder: Path) -> None:
+            self.settings.update(json.loads((folder / "settings.json").read_text()))
+
+    dog, controls = started(tmp_path, WithSettings(), recover_after=60)
+    feed(dog, controls, FIRST_BAND, range(1))
+    feed(dog, controls, HEALTHY, range(1, 40))
+    assert controls.settings["kl_coef"] == 0.5
+    feed(dog, controls, SICK, range(40, 41))
+    assert controls.settings == {"learning_rate": 1e-7, "kl_coef": 2.0, "clip_epsilon": 0.2}
+    feed(dog, controls, HEALTHY, range(41, 110))
+    assert controls.settings == {"learning_rate": 1e-5, "kl_coef": 0.1, "clip_epsilon": 0.2}
+
+
+def test_loading_a_state_puts_its_doses_in_force(tmp_path: Path) -> None:
+    first, controls = started(tmp_path)
+    feed(first, controls, FIRST_BAND, range(2))
+    fresh = FakeControls()
+    second = gw.Watchdog("documented", fresh, tmp_path / "second")
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert fresh.settings == {"learning_rate": 1e-6, "kl_coef": 0.5, "clip_epsilon": 0.2}
+    feed(second, fresh, FIRST_BAND, range(2, 30))
+    second.close()
+    assert not gw.replay(tmp_path / "second").differences
+
+
+def test_nothing_is_scaled_from_zero(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, FakeControls(learning_rate=0.0), targets="scaled")
+    assert any("learning_rate is 0 at attach" in line for line in dog.briefing)
+    controls.settings["learning_rate"] = 1e-4  # the warm-up goes on
+    feed(dog, controls, FIRST_BAND, range(1))
+    assert controls.settings["learning_rate"] == 1e-6
+
+
+def test_candidates_do_not_fill_the_disk(tmp_path: Path) -> None:
+    dog, controls = started(tmp_path, checkpoint_every=1, probation=50, keep=2)
+    feed(dog, controls, HEALTHY, range(200))
+    assert len(list((tmp_path / "run/checkpoints").glob("ckpt-*"))) <= 5
+
+
+def test_an_interrupted_action_is_written_down_and_the_run_still_replays(tmp_path: Path) -> None:
+    class Interrupted(FakeControls):
+        def save(self, folder: Path) -> None:
+            if self.weights == 10.0:
+                raise KeyboardInterrupt
+            super().save(folder)
+
+    dog, controls = started(tmp_path, Interrupted())
+    feed(dog, controls, HEALTHY, range(10))
+    with pytest.raises(KeyboardInterrupt):
+        feed(dog, controls, HEALTHY, range(10, 11))
+    feed(dog, controls, HEALTHY, range(11, 40))
+    dog.close()
+    assert not gw.replay(tmp_path / "run").differences
+    assert [a["detail"] for a in gw.read_run(tmp_path / "run").actions if not a["ok"]] == [
+        "interrupted: KeyboardInterrupt"
+    ]
+
+
+def test_a_run_killed_before_its_first_entry_does_not_lock_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/journal.jsonl").write_text('{"kind":"sta')
+    with started(tmp_path)[0] as dog:
+        dog.observe(0, HEALTHY)
+    assert gw.read_run(tmp_path / "run").rows == 1

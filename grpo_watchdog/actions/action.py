@@ -121,13 +121,13 @@ class KnobAction:
             return Outcome(step, name, None, None, order.rule, order.reason, ok=False, detail=detail)
         before = after = None
         try:
-            before = knob.read()
+            before = float(knob.read())
             if order.release:
                 knob.release()
             else:
                 assert order.target is not None
                 knob.hold(order.target)
-            after = knob.read()
+            after = float(knob.read())
         except Exception as error:  # noqa: BLE001 - a trainer's own setter may raise anything
             detail = f"{knob.where}: {type(error).__name__}: {error}"
             return Outcome(step, name, before, after, order.rule, order.reason, ok=False, detail=detail)

@@ -52,6 +52,10 @@ class TorchControls:
             raise ConfigurationError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if reference is not None and not isinstance(reference, torch.nn.Module):
+            raise ConfigurationError(f"reference must be a torch.nn.Module, not {type(reference).__name__}")
+        if state is not None and not isinstance(state, Mapping):
+            raise ConfigurationError(f"state must be a dict of name to object, not {type(state).__name__}")
         schedulers = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
         named = {f"scheduler{i or ''}": s for i, s in enumerate(schedulers) if s is not None}
         extra = dict(state or {})

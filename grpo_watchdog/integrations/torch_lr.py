@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -94,6 +95,10 @@ class LearningRateCeiling:
             return f"this optimizer has not stepped for {self._quiet} observations: is it the one that trains?"
         said, self._trouble = self._trouble, ""
         return said or None
+
+    def lifted(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: between steps the rate is the schedule's own anyway."""
+        return nullcontext()
 
     def detach(self) -> None:
         """Take the hooks off."""

@@ -26,7 +26,7 @@ def as_dict(run: Run, lang: str = "en") -> dict[str, Any]:
         "verdict": run.verdict,
         "level_at_end": run.now,
         "halted": run.halted or None,
-        "incidents": [_incident(run, story, lang) for story in run.incidents],
+        "incidents": [_incident(story, lang) for story in run.incidents],
         "actions": run.actions,
         "in_force": run.doses,
         "proven_checkpoints": run.proven,
@@ -37,7 +37,7 @@ def as_dict(run: Run, lang: str = "en") -> dict[str, Any]:
     }
 
 
-def _incident(run: Run, story: IncidentStory, lang: str) -> dict[str, Any]:
+def _incident(story: IncidentStory, lang: str) -> dict[str, Any]:
     return {
         "id": story.id,
         "rule": story.rule,
@@ -61,7 +61,7 @@ def _incident(run: Run, story: IncidentStory, lang: str) -> dict[str, Any]:
         "checks": story.checks,
         "actions": story.actions,
         "effects": story.effects,
-        "advice": advice(run, story, lang),
+        "advice": advice(story, lang),
     }
 
 

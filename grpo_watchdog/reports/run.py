@@ -31,11 +31,13 @@ class IncidentStory:
         checks: what the look at the model found (name, passed, detail).
         actions: outcomes (as dicts) that its rules asked for.
         effects: whether the doses helped, as dicts.
+        book: the rulebook of its session.
     """
 
     id: int
     rule: str
     rules: set[str]
+    book: Rulebook
     severity: str
     since: int
     closed: int | None = None
@@ -52,7 +54,7 @@ class Run:
 
     Attributes:
         path: its folder.
-        book: the rulebook that it was watched with.
+        book: the rulebook that it was watched with; of the last session, as are briefing and bases.
         briefing: what was said at attach.
         bases: what each knob was set to at attach.
         rows: observations.
@@ -109,13 +111,15 @@ def read_run(run_dir: str | Path) -> Run:
         JournalError: there is no journal there that can be read.
     """
     path = Path(run_dir)
-    return _Reader(path).tell(journal.read(path))
+    with journal.guarded(path):
+        return _Reader(path).tell(journal.read(path))
 
 
 class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stories: dict[int, IncidentStory] = {}
+        self._steps: dict[str, int] = {}  # of the checkpoints that were taken
         self._offset = 0  # each session counts its incidents from 1; here they count on
 
     def tell(self, entries: Iterable[dict[str, Any]]) -> Run:
@@ -128,7 +132,7 @@ class _Reader:
             "decision": self._decision,
             "outcome": self._outcome,
             "held": self._outcome,
-            "resumed": self._outcome,
+            "resumed": self._resumed,
             "notice": self._notice,
             "blind": self._blind,
             "state": self._state,
@@ -139,8 +143,13 @@ class _Reader:
         run.incidents = list(self._stories.values())
         return run
 
-    def _start(self, run: Run, entry: Mapping[str, Any]) -> None:  # noqa: ARG002 - a later session of the same run
+    def _start(self, run: Run, entry: Mapping[str, Any]) -> None:
+        """Begin a later session of the same run: what was open ended with the one before."""
         run.sessions += 1
+        run.book, run.briefing, run.bases = from_json(entry["rulebook"]), entry["briefing"], entry["bases"]
+        run.now = "ok"
+        for story in self._stories.values():
+            story.closed = run.last_step if story.closed is None else story.closed
         self._offset = max(self._stories, default=0)
         run.halted, run.halted_at = "", None
 
@@ -154,9 +163,11 @@ class _Reader:
         if RANK[run.now] > RANK[run.verdict]:
             run.verdict = run.now
         for row in entry.get("opened", ()):
-            self._open(row)
+            self._open(run, row)
         for number, _, step, into in entry.get("closed", ()):
             self._close(number + self._offset, step, into)
+        run.proven = sorted({*run.proven, *(self._steps[c] for c in entry["proven"] if c in self._steps)})
+        run.proven = [s for s in run.proven if s not in {self._steps.get(c) for c in entry["gone"]}]
         for row in entry["effects"]:
             effect = dict(zip(("action", "rule", "metric", "before", "after", "helped"), row, strict=True))
             for story in self._by_rule(effect["rule"]):
@@ -171,7 +182,7 @@ class _Reader:
             whole.actions = sorted(part.actions + whole.actions, key=_by_step)
             whole.effects = sorted(part.effects + whole.effects, key=_by_step)
 
-    def _open(self, row: list[Any]) -> None:
+    def _open(self, run: Run, row: list[Any]) -> None:
         number, rule, severity, since, _, evidence, causes, checks, _ = row
         number += self._offset
         names = (
@@ -187,16 +198,22 @@ class _Reader:
             "note",
             "inhibited_by",
         )
-        story = self._stories.setdefault(number, IncidentStory(number, rule, set(), severity, since))
+        story = self._stories.setdefault(number, IncidentStory(number, rule, set(), run.book, severity, since))
         story.rule, story.severity, story.since = rule, severity, min(since, story.since)
         story.rules.add(rule)
         story.evidence = [dict(zip(names, finding, strict=True)) for finding in evidence]
         story.causes = [dict(zip(("cause", "supported", "contradicted"), cause, strict=True)) for cause in causes]
         story.checks = [dict(zip(("name", "passed", "detail"), check, strict=True)) for check in checks]
 
+    def _resumed(self, run: Run, entry: Mapping[str, Any]) -> None:
+        name = "resume" if entry["action"] == "rollback" else entry["action"]
+        self._outcome(run, {**entry, "action": name})
+
     def _outcome(self, run: Run, entry: Mapping[str, Any]) -> None:
         outcome = {key: value for key, value in entry.items() if key != "kind"}
         run.actions.append(outcome)
+        if outcome["action"] == "checkpoint_now" and outcome["ok"]:
+            self._steps[outcome["detail"]] = outcome["step"]
         for story in self._by_rule(outcome["rule"]):
             story.actions.append(outcome)
         if outcome["action"] == "halt":

@@ -39,22 +39,23 @@ def next_settings(run: Run) -> dict[str, float]:
     """Return the limits that the incidents' levels ask for, at their worst, for the next run: knob name to value."""
     settings: dict[str, float] = {}
     for story in run.incidents:
-        rank = story.evidence[0]["rank"]
-        for name, target in run.book.rules[story.rule].ladder[rank - 1].do.items():
+        rank, book = story.evidence[0]["rank"], story.book
+        useless = {e["action"] for e in story.effects if not e["helped"] and e["action"] == "raise_kl_coef"}
+        for name, target in book.rules[story.rule].ladder[rank - 1].do.items():
             action = KNOB_ACTIONS.get(name)
-            if action is None:
+            if action is None or name in useless:  # it was given, KL did not fall, and it was taken back
                 continue
-            base = run.bases.get(action.knob, getattr(run.book.base, action.knob))
-            scaled = run.book.policy.targets == "scaled" and action.knob in run.bases
-            limit = action.merge(base, run.book.limit(name, float(target), base, scaled=scaled))
+            base = run.bases.get(action.knob, getattr(book.base, action.knob))
+            scaled = book.policy.targets == "scaled" and action.knob in run.bases
+            limit = action.merge(base, book.limit(name, float(target), base, scaled=scaled))
             settings[action.knob] = action.merge(settings.get(action.knob, limit), limit)
     return settings
 
 
-def advice(run: Run, story: IncidentStory, lang: str) -> list[str]:
+def advice(story: IncidentStory, lang: str) -> list[str]:
     """Return the remedies for an incident's likeliest causes, and what its levels advise that no knob can turn."""
-    remedies = [run.book.causes[c["cause"]].remedy for c in story.causes[:_REMEDIES]]
-    levels = run.book.rules[story.rule].ladder[: story.evidence[0]["rank"]]
+    remedies = [story.book.causes[c["cause"]].remedy for c in story.causes[:_REMEDIES]]
+    levels = story.book.rules[story.rule].ladder[: story.evidence[0]["rank"]]
     return [_text(text, lang) for text in (*remedies, *(level.advice for level in levels)) if text is not None]
 
 
@@ -86,14 +87,14 @@ class _Teller:
         return Section(f"{self._say('title')}: {self._say(run.verdict)}", [(0, line) for line in lines])
 
     def incident(self, story: IncidentStory) -> Section:
-        title = _text(self._run.book.rules[story.rule].title, self._lang)
+        title = _text(story.book.rules[story.rule].title, self._lang)
         heading = self._say("incident", id=story.id, title=title, severity=self._say(story.severity))
         end = self._say("open") if story.closed is None else self._say("closed", step=story.closed)
         lines = [(0, self._say("since", since=story.since, end=end)), (0, self._say("evidence"))]
-        lines += [(1, self._evidence(finding)) for finding in story.evidence]
+        lines += [(1, self._evidence(story, finding)) for finding in story.evidence]
         if story.causes:
             lines.append((0, self._say("causes")))
-            lines += [line for cause in story.causes for line in self._cause(cause)]
+            lines += [line for cause in story.causes for line in self._cause(story, cause)]
         if story.checks:
             lines.append((0, self._say("checks")))
             passed = [check["name"] for check in story.checks if check["passed"]]
@@ -121,7 +122,7 @@ class _Teller:
             ]
             lines.append(self._say("settings", settings=", ".join(listed)))
         for story in run.incidents:
-            lines += [text for text in advice(run, story, self._lang) if text not in lines]
+            lines += [text for text in advice(story, self._lang) if text not in lines]
         if run.halted and run.proven:
             lines.append(self._say("resume", step=run.proven[-1], path=str(run.path)))
         elif run.halted:
@@ -147,22 +148,22 @@ class _Teller:
             sections.insert(0, Section(self._say("notices"), lines))
         return sections
 
-    def _evidence(self, finding: dict[str, Any]) -> str:
+    def _evidence(self, story: IncidentStory, finding: dict[str, Any]) -> str:
         shown = f"{finding['metric']} = {number(finding['worst'])}"
         if finding["limit"] is not None:
             shown += f" ({self._say('against', limit=number(finding['limit']))})"
         if finding["note"]:
             shown += f": {finding['note']}"
         mark = f"[{self._say('symptom')}] " if finding["inhibited_by"] else ""
-        return f"{mark}{_text(self._run.book.rules[finding['rule']].title, self._lang)}: {shown}"
+        return f"{mark}{_text(story.book.rules[finding['rule']].title, self._lang)}: {shown}"
 
-    def _cause(self, cause: dict[str, Any]) -> list[tuple[int, str]]:
+    def _cause(self, story: IncidentStory, cause: dict[str, Any]) -> list[tuple[int, str]]:
         reasons = []
         if cause["supported"]:
             reasons.append(self._say("for", what="; ".join(cause["supported"])))
         if cause["contradicted"]:
             reasons.append(self._say("contra", what="; ".join(cause["contradicted"])))
-        title = _text(self._run.book.causes[cause["cause"]].title, self._lang)
+        title = _text(story.book.causes[cause["cause"]].title, self._lang)
         if not reasons:
             return [(1, f"{title} ({self._say('no_evidence')})")]
         return [(1, title), (2, " | ".join(reasons))]
