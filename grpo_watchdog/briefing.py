@@ -46,6 +46,12 @@ def caveats(
         ratio_to: the policy that the surrogate ratio is taken to.
         dims: dimensions that a log-prob is summed over, where known.
     """
+    if not bases and not restorable:
+        return [
+            "nothing was handed over that could be turned or restored: this watchdog only watches",
+            *_units(dims),
+            *_other_pair(ratio_to),
+        ]
     wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
     return [
         *_missing(wanted, bases),

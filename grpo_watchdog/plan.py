@@ -39,6 +39,7 @@ class Planner:
             for rank, level in enumerate(rule.ladder, start=1)
             if level.do
         }
+        self._hints = any(level.severity == "notice" and level.do for r in book.rules.values() for level in r.ladder)
         self._now = 0
         self._healthy = 0
         self._patience = 1
@@ -62,7 +63,7 @@ class Planner:
             self._once = {key for key in self._once if key.split("/")[0] in {f.rule for f in findings}}
         if self.halted:
             return [], []
-        if healthy and not self.doses and not any((f.rule, f.rank) in self._dosing for f in findings):
+        if healthy and not self.doses and not self._hints:
             return self._due_checkpoint(ledger), []
         effects, orders = self._effects(values)
         wants = wanted(self._book, findings)
@@ -80,6 +81,8 @@ class Planner:
         A warning without a dose (a range in the document's units, say) is reported, but it neither holds up
         checkpoints nor keeps doses in force: it may stand for a whole healthy run.
         """
+        if not findings or findings[0].severity == "notice":  # worst first
+            return True
         return not any(
             f.severity == "critical" or (f.severity == "warning" and (f.rule, f.rank) in self._dosing) for f in findings
         )

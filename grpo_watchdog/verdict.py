@@ -120,9 +120,11 @@ class Judge:
             record |= {"orders": orders, "effects": effects, "proven": proven, "gone": gone}
             self._journal.append({"kind": "decision", "step": number, "level": level, **record})
             self._actuator.settle_checkpoints(proven, gone)
+        hints: list[str] = []
         if findings is not self._seen:
             self._seen = findings
-            notices += self._first_time(findings)
+            hints = self._first_time(findings)
+            self.note(number, hints, level=logging.INFO)
         self._level = level
         if orders:
             outcomes += self._carry_out(orders, seen, findings)
@@ -133,7 +135,7 @@ class Judge:
             level = "notice" if level == "ok" else level
         back = _restored(outcomes) if outcomes else None
         halt = bool(self.planner.halted)
-        return Verdict(number, level, incidents, tuple(outcomes), halt, back, findings, tuple(notices))
+        return Verdict(number, level, incidents, tuple(outcomes), halt, back, findings, (*notices, *hints))
 
     def checkpoint(self, step: int) -> Outcome:
         """Take a checkpoint because the loop asks for it."""
@@ -162,11 +164,11 @@ class Judge:
         self._said_notices.update(f.rule for f in fresh)
         return [briefing.finding(f, self._book) for f in fresh]
 
-    def note(self, number: int | None, notices: Sequence[str]) -> None:
+    def note(self, number: int | None, notices: Sequence[str], level: int = logging.WARNING) -> None:
         """Write notices to the journal and the log."""
         for text in notices:
             self._journal.append({"kind": "notice", "step": number, "text": text})
-            self._log.warning("%s", text)
+            self._log.log(level, "%s", text)
 
     def note_blind(self, number: int | None) -> None:
         """Write what cannot be seen, where it changed."""

@@ -431,6 +431,7 @@ def test_trouble_after_newer_checkpoints_were_proven_goes_to_the_newest_of_them(
 
 
 def test_warnings_and_notices_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "grpo_watchdog")
     dog, controls = started(tmp_path)
     row = {**HEALTHY, "mean_reward": 1.5, "mean_advantage": 0.0}
     verdicts = feed(dog, controls, row, range(10))

@@ -71,24 +71,8 @@ def main(*, seed: int, run_dir: Path | None, as_json: bool, steps: int) -> dict[
 
 def _play(folder: Path, seed: int, steps: int, show: _Screen, *, sick: bool, act: bool) -> Played:
     training = DenoiseTraining(seed=seed)
-    if act:
-        dog = gw.attach(
-            model=training.policy,
-            optimizer=training.optimizer,
-            scheduler=training.scheduler,
-            reference=training.reference,
-            kl_coef=gw.attr(training.config, "kl_coef"),
-            clip_epsilon=gw.attr(training.config, "clip_epsilon"),
-            state={"sampler": training.sampler},
-            rules="documented",
-            targets="scaled",
-            run_dir=folder,
-            checkpoint_every=20,
-        )
-    else:
-        dog = gw.Watchdog("documented", run_dir=folder)
     actions: list[gw.Outcome] = []
-    with dog, _quiet():
+    with _quiet(), _attached(training, folder, act=act) as dog:
         for step in range(steps):
             if sick and step == int(SICK_AT * steps):
                 training.make_sick(LR_FACTOR)
@@ -105,6 +89,24 @@ def _play(folder: Path, seed: int, steps: int, show: _Screen, *, sick: bool, act
             if act and verdict.halt:
                 break
     return Played(training.true_reward(), actions, dog.halted if act else "")
+
+
+def _attached(training: DenoiseTraining, folder: Path, *, act: bool) -> gw.Watchdog:
+    if not act:
+        return gw.Watchdog("documented", run_dir=folder)
+    return gw.attach(
+        model=training.policy,
+        optimizer=training.optimizer,
+        scheduler=training.scheduler,
+        reference=training.reference,
+        kl_coef=gw.attr(training.config, "kl_coef"),
+        clip_epsilon=gw.attr(training.config, "clip_epsilon"),
+        state={"sampler": training.sampler},
+        rules="documented",
+        targets="scaled",
+        run_dir=folder,
+        checkpoint_every=20,
+    )
 
 
 class _Screen:
