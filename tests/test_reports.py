@@ -167,3 +167,10 @@ def test_a_run_as_a_data_frame(tmp_path: Path) -> None:
 def test_unknown_formats_and_languages_say_what_is_allowed(tmp_path: Path, style: str, lang: str) -> None:
     with pytest.raises(gw.ConfigurationError, match="allowed: "):
         gw.report(tmp_path, style, lang)
+
+
+def test_a_trouble_that_grew_out_of_a_warning_says_when_both_began(tmp_path: Path) -> None:
+    with gw.Watchdog("documented", run_dir=tmp_path / "run") as dog:
+        for step in range(10):
+            dog.observe(step, {"kl_penalty": 2.0, "log_ratio": 25.0 if step == 9 else 2.0})
+    assert "- since step 9, first signs at step 0; still open at the end" in gw.report(tmp_path / "run")

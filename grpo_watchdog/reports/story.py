@@ -90,7 +90,9 @@ class _Teller:
         title = _text(story.book.rules[story.rule].title, self._lang)
         heading = self._say("incident", id=story.id, title=title, severity=self._say(story.severity))
         end = self._say("open") if story.closed is None else self._say("closed", step=story.closed)
-        lines = [(0, self._say("since", since=story.since, end=end)), (0, self._say("evidence"))]
+        began = story.evidence[0]["since"]
+        key = "since" if story.since >= began else "since_signs"
+        lines = [(0, self._say(key, since=began, first=story.since, end=end)), (0, self._say("evidence"))]
         lines += [(1, self._evidence(story, finding)) for finding in story.evidence]
         if story.causes:
             lines.append((0, self._say("causes")))
