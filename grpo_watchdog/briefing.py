@@ -46,12 +46,6 @@ def caveats(
         ratio_to: the policy that the surrogate ratio is taken to.
         dims: dimensions that a log-prob is summed over, where known.
     """
-    if not bases and not restorable:
-        return [
-            "nothing was handed over that could be turned or restored: this watchdog only watches",
-            *_units(dims),
-            *_other_pair(ratio_to),
-        ]
     wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
     return [
         *_missing(wanted, bases),
@@ -61,6 +55,12 @@ def caveats(
         *_other_pair(ratio_to),
         *(_far_off(book, bases) if book.policy.targets == "absolute" else _from_zero(bases)),
     ]
+
+
+def watching_only(*, ratio_to: RatioTo, dims: int | None) -> list[str]:
+    """Return what is said where a trainer offers nothing to turn and nothing to restore."""
+    line = "nothing was handed over that could be turned or restored: this watchdog only watches"
+    return [line, *_units(dims), *_other_pair(ratio_to)]
 
 
 def headline(incident: Incident, book: Rulebook) -> str:

@@ -81,7 +81,10 @@ class Watchdog:
         self._judge = Judge(self.book, self._actuator, self._journal, intake=intake, bases=bases, restorable=restorable)
         self._listeners = list(listeners)
         levels = briefing.settings(self.book, bases)
-        caveats = briefing.caveats(self.book, bases, restorable=restorable, ratio_to=ratio_to, dims=dims)
+        if isinstance(controls, NoControls):
+            caveats = briefing.watching_only(ratio_to=ratio_to, dims=dims)
+        else:
+            caveats = briefing.caveats(self.book, bases, restorable=restorable, ratio_to=ratio_to, dims=dims)
         self.resumed_from: int | None = None
         if earlier is not None and vault is not None:
             caveats += self._take_over(earlier, vault)
