@@ -169,4 +169,5 @@ def _table(result: dict[str, Any], halted: str) -> None:
     print(
         f"\n{len(result['interventions'])} interventions in {result['seconds']} s; the runs lie in {result['run_dir']}"
     )
-    print(f"read why: grpo-watchdog report {result['run_dir']}/watched")
+    command = sys.argv[0] if sys.argv[0].endswith("grpo-watchdog") else "grpo-watchdog"  # it may not be on the path
+    print(f"read why: {command} report {result['run_dir']}/watched")
