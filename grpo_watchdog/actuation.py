@@ -30,8 +30,8 @@ class Actuator(Protocol):
         """Return an outcome for every held knob that did not stay; `doses` is action to rule."""
         ...
 
-    def execute(self, orders: Sequence[Order], step: int) -> list[Outcome]:
-        """Carry the orders out, one outcome each."""
+    def execute(self, order: Order, step: int) -> Outcome:
+        """Carry one order out."""
         ...
 
     def inspect(self) -> list[Check]:
@@ -90,9 +90,21 @@ class Actuation:
                 outcomes.append(Outcome(step, action_name, None, now, rule, reason, ok=False, detail=trouble))
         return outcomes
 
-    def execute(self, orders: Sequence[Order], step: int) -> list[Outcome]:
-        """Carry the orders out in turn."""
-        return [self._safely(order, step) for order in orders]
+    def execute(self, order: Order, step: int) -> Outcome:
+        """Carry one order out; what fails is an outcome, and a knob is read back at once."""
+        try:
+            outcome = ACTIONS[order.action].act(order, self, step)
+        except Exception as error:  # noqa: BLE001 - an action that fails is an outcome
+            detail = f"{type(error).__name__}: {error}"
+            outcome = Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=detail)
+        action = KNOB_ACTIONS.get(order.action)
+        if action is None or order.release or not outcome.ok or outcome.after is None or order.target is None:
+            return outcome
+        safe = action.merge(outcome.after, order.target)
+        if not math.isclose(safe, outcome.after, rel_tol=1e-5):
+            detail = f"{self.knobs[action.knob].where} reads {outcome.after:g} after it was held at {order.target:g}"
+            return outcome._replace(ok=False, detail=detail)
+        return outcome
 
     def inspect(self) -> list[Check]:
         """Look at the model; a check that fails to run is a check that could not tell."""
@@ -153,21 +165,6 @@ class Actuation:
                 self._say_once("stamp", f"checkpoint {checkpoint} cannot be stamped as proven: {error}")
         for checkpoint in gone:
             self._vault.delete(checkpoint)
-
-    def _safely(self, order: Order, step: int) -> Outcome:
-        try:
-            outcome = ACTIONS[order.action].act(order, self, step)
-        except Exception as error:  # noqa: BLE001 - an action that fails is an outcome
-            detail = f"{type(error).__name__}: {error}"
-            outcome = Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=detail)
-        action = KNOB_ACTIONS.get(order.action)
-        if action is None or order.release or not outcome.ok or outcome.after is None or order.target is None:
-            return outcome
-        safe = action.merge(outcome.after, order.target)
-        if not math.isclose(safe, outcome.after, rel_tol=1e-5):
-            detail = f"{self.knobs[action.knob].where} reads {outcome.after:g} after it was held at {order.target:g}"
-            return outcome._replace(ok=False, detail=detail)
-        return outcome
 
     def _say_once(self, key: str, text: str) -> None:
         if key not in self._broken:

@@ -68,15 +68,12 @@ class Recording:
         self.held.clear()
         return held
 
-    def execute(self, orders: Sequence[Order], step: int) -> list[Outcome]:
-        """Return what became of the orders then; an order that was never carried out then failed."""
+    def execute(self, order: Order, step: int) -> Outcome:
+        """Return what became of the order then; one that was never carried out then failed."""
+        if self.outcomes:
+            return self.outcomes.popleft()
         lost = "not in the journal: the process ended before it was done, or the decision differs"
-        return [
-            self.outcomes.popleft()
-            if self.outcomes
-            else Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=lost)
-            for order in orders
-        ]
+        return Outcome(step, order.action, None, None, order.rule, order.reason, ok=False, detail=lost)
 
     def inspect(self) -> list[Check]:
         """Return what the look at the model found then."""

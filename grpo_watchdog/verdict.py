@@ -141,7 +141,7 @@ class Judge:
         """Take a checkpoint because the loop asks for it."""
         order = Order("checkpoint_now", None, "call", "asked for by the loop")
         self._journal.append({"kind": "call", "step": step, "call": "checkpoint"})
-        outcome = self._actuator.execute([order], step)[0]
+        outcome = self._actuator.execute(order, step)
         self._learn([outcome])
         self.planner.settle([order], [outcome], (), {})
         return outcome
@@ -233,7 +233,7 @@ class Judge:
         for order in orders:
             if interrupted is None:
                 try:
-                    outcomes += self._actuator.execute([order], step)
+                    outcomes.append(self._actuator.execute(order, step))
                     continue
                 except BaseException as error:  # noqa: BLE001 - raised again once everything is written down
                     interrupted = error

@@ -176,7 +176,8 @@ class Watchdog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned, and put the doses that it has in force onto the trainer."""
         self._judge.load_state_dict(state)
-        self._actuator.execute(self._judge.planner.resume_orders(), -1)
+        for order in self._judge.planner.resume_orders():
+            self._actuator.execute(order, -1)
         self._note_start()
 
     def _tell(self, seen: Step, verdict: Verdict) -> None:
@@ -230,7 +231,8 @@ class Watchdog:
         newest = tuple(c.id for c in self._judge.ledger.choices())
         orders = [Order("rollback", None, "resume", "the run was resumed", checkpoints=newest)] if newest else []
         step = -1 if self.resumed_from is None else self.resumed_from
-        for outcome in self._actuator.execute([*orders, *self._judge.planner.resume_orders()], step):
+        for order in [*orders, *self._judge.planner.resume_orders()]:
+            outcome = self._actuator.execute(order, step)
             self._journal.append({"kind": "resumed", **outcome.as_json()})
             _log.warning("%s", briefing.sentence(outcome))
             if outcome.action == "rollback":
