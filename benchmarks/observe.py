@@ -88,7 +88,9 @@ def measure(steps: int) -> dict[str, float]:
         kept = gw.Watchdog("documented", run_dir=folder / "kept")
         bare = gw.Watchdog("documented")
         more = gw.Watchdog(with_extra_rules(folder, EXTRA))
+        guard = gw.Watchdog("guarded")
         floors, journaled, plain, extra = list[float](), list[float](), list[float](), list[float]()
+        guarded: list[float] = []
         memory = [0, 0]
         for block in range(max(2, steps // BLOCK)):
             first = block * BLOCK
@@ -96,6 +98,7 @@ def measure(steps: int) -> dict[str, float]:
             journaled += timed(kept.observe, data, first)
             plain += timed(bare.observe, data, first)
             extra += timed(more.observe, data, first)
+            guarded += timed(guard.observe, data, first)
             if block == 1:
                 memory[0] = _rss()
         memory[1] = _rss()
@@ -107,6 +110,7 @@ def measure(steps: int) -> dict[str, float]:
         "observe_us": statistics.median(journaled),
         "observe_p99_us": statistics.quantiles(journaled, n=100)[98],
         "observe_without_journal_us": statistics.median(plain),
+        "guarded_us": statistics.median(guarded),
         "extra_rule_us": (statistics.median(extra) - statistics.median(plain)) / EXTRA,
         "last_tenth_over_first": _over_floor(journaled[-tenth:], floors[-tenth:])
         / _over_floor(journaled[:tenth], floors[:tenth]),
@@ -139,6 +143,7 @@ def main() -> None:
     print(f"  observe, no run_dir                 {found['observe_without_journal_us']:8.2f} us median")
     print(f"  observe, with the journal           {found['observe_us']:8.2f} us median, "
           f"{found['observe_p99_us']:.1f} us p99")  # fmt: skip
+    print(f"  observe, guarded, no run_dir        {found['guarded_us']:8.2f} us median")
     print(f"  one more rule                       {found['extra_rule_us']:8.3f} us")
     print(f"  last tenth / first, over the floor  {found['last_tenth_over_first']:8.2f}")
     print(f"  memory from step {2 * BLOCK} on            {found['memory_growth_kib']:8.0f} KiB (with the figures kept)")

@@ -13,21 +13,23 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS, Order, Outcome
+from grpo_watchdog.approval import Desk, Side
 from grpo_watchdog.checkpoints import Vault
 from grpo_watchdog.controls import Check, Controls, Knob
+from grpo_watchdog.metrics import METRICS
 
 _log = logging.getLogger("grpo_watchdog")
 
 
-class Actuator(Protocol):
+class Actuator(Side, Protocol):
     """What the watchdog asks of the side that touches the trainer; a replay offers the same from a journal."""
 
     def read(self) -> dict[str, float]:
-        """Return the value in force of every knob."""
+        """Return the value in force of every knob, what the user or the schedule set it to, and the signals."""
         ...
 
     def check(self, doses: Mapping[str, str], step: int) -> list[Outcome]:
-        """Return an outcome for every held knob that did not stay; `doses` is action to rule."""
+        """Return an outcome for every vetoed step and every held knob that did not stay; `doses` is action to rule."""
         ...
 
     def execute(self, order: Order, step: int) -> Outcome:
@@ -54,27 +56,48 @@ class Actuation:
         controls: what the trainer offers.
         vault: where checkpoints go, or None where there is no folder for them.
         memory: returns the findings' state, stored with each checkpoint.
+        desk: where questions are asked.
+        shadow: rules and actions whose orders are not carried out.
+        shadow_all: whether none is: not even a checkpoint is written.
     """
 
-    def __init__(self, controls: Controls, vault: Vault | None, memory: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        controls: Controls,
+        vault: Vault | None,
+        memory: Callable[[], dict[str, Any]],
+        *,
+        desk: Desk | None = None,
+        shadow: Sequence[str] = (),
+        shadow_all: bool = False,
+    ) -> None:
         """Touch nothing yet."""
         self._controls, self._vault, self._memory = controls, vault, memory
+        self._desk = Desk(None, None) if desk is None else desk
+        self._shadow, self._shadow_all = frozenset(shadow), shadow_all
+        self._shadowed = 0  # checkpoints that were only thought of
         self.knobs: Mapping[str, Knob] = controls.knobs
         self._broken: set[str] = set()
 
     def read(self) -> dict[str, float]:
-        """Return the value in force of every knob that can be read."""
+        """Return the value in force of every knob that can be read, what it was set to, and the signals."""
         values = {}
         for name, knob in self.knobs.items():
             try:
                 values[name] = float(knob.read())
+                if f"{name}_set" in METRICS:
+                    values[f"{name}_set"] = float(knob.own())
             except Exception as error:  # noqa: BLE001 - a trainer's own getter may raise anything
                 self._say_once(name, f"knob {name} ({knob.where}) cannot be read: {error}")
+        try:
+            values.update(self._controls.signals())
+        except Exception as error:  # noqa: BLE001
+            self._say_once("signals", f"what is watched on every optimizer step cannot be read: {error}")
         return values
 
     def check(self, doses: Mapping[str, str], step: int) -> list[Outcome]:
-        """Read every held knob back, and re-apply what somebody overwrote."""
-        outcomes = []
+        """Tell of vetoed steps; read every held knob back, and re-apply what somebody overwrote."""
+        outcomes = self._vetoes(step)
         for action_name, rule in doses.items():
             action = KNOB_ACTIONS[action_name]
             knob = self.knobs.get(action.knob)
@@ -92,6 +115,8 @@ class Actuation:
 
     def execute(self, order: Order, step: int) -> Outcome:
         """Carry one order out; what fails is an outcome, and a knob is read back at once."""
+        if self._shadow_all or not self._shadow.isdisjoint((order.rule, order.action)):
+            return self._imagine(order, step)
         try:
             outcome = ACTIONS[order.action].act(order, self, step)
         except Exception as error:  # noqa: BLE001 - an action that fails is an outcome
@@ -138,7 +163,7 @@ class Actuation:
         for checkpoint in order.checkpoints if self._vault is not None else ():
             assert self._vault is not None
             try:
-                self._controls.restore(self._vault.verify(checkpoint))
+                self._controls.restore(self._vault.verify(checkpoint), replay_data=order.replay_data)
             except Exception as error:  # noqa: BLE001 - damaged, or it does not fit: the next one may
                 failures.append(f"{checkpoint}: {error}")
                 _log.warning("rollback to %s failed: %s", checkpoint, error)
@@ -154,9 +179,13 @@ class Actuation:
         detail = "; ".join(failures) or "there is no checkpoint to go to"
         return Outcome(step, order.action, float(step), None, order.rule, order.reason, ok=False, detail=detail)
 
+    def pause(self, *, on: bool) -> None:
+        """Skip every optimizer step from now on, or none any more."""
+        self._controls.pause(on=on)
+
     def settle_checkpoints(self, proven: Sequence[str], gone: Sequence[str]) -> None:
         """Stamp what is proven, delete what is not wanted any more."""
-        if self._vault is None:
+        if self._vault is None or self._shadow_all:
             return
         for checkpoint in proven:
             try:
@@ -166,7 +195,55 @@ class Actuation:
         for checkpoint in gone:
             self._vault.delete(checkpoint)
 
+    def ask(self, question: Mapping[str, Any]) -> None:
+        """Put a question to the user."""
+        self._desk.ask(question)
+
+    def answer(self, question: Mapping[str, Any]) -> bool | None:
+        """Return the answer to a question, or None while there is none."""
+        return self._desk.answer(question)
+
+    def settled(self, number: int) -> None:
+        """Take a question off the desk."""
+        self._desk.settled(number)
+
+    def _vetoes(self, step: int) -> list[Outcome]:
+        try:
+            told = self._controls.vetoed()
+        except Exception as error:  # noqa: BLE001
+            self._say_once("vetoed", f"which steps were vetoed cannot be told: {error}")
+            return []
+        held_back = "shadow" if self._shadow_all or "veto" in self._shadow else ""
+        return [Outcome(step, "veto", None, None, "veto", text, held_back=held_back) for text in told]
+
+    def _imagine(self, order: Order, step: int) -> Outcome:
+        """Return what would have been done, with nothing touched and nothing written."""
+        outcome = Outcome(step, order.action, None, order.target, order.rule, order.reason, held_back="shadow")
+        action = KNOB_ACTIONS.get(order.action)
+        if action is not None:
+            knob = self.knobs.get(action.knob)
+            before = None if knob is None else _or_none(knob.read)
+            after = None if before is None or order.target is None else action.merge(before, order.target)
+            name = action.release_name if order.release or order.loosens else order.action
+            return outcome._replace(action=name, before=before, after=after)
+        if order.action == "checkpoint_now" and self._shadow_all:  # thought of, so that a rollback has somewhere to go
+            self._shadowed += 1
+            detail = f"shadow-{self._shadowed:06d}-step-{step}"
+            return outcome._replace(after=float(step), detail=detail, held_back="")
+        if order.action == "rollback" and order.checkpoints:
+            target = order.checkpoints[0]
+            after = float(target.rsplit("-step-", 1)[1])
+            return outcome._replace(before=float(step), after=after, detail=target)
+        return outcome
+
     def _say_once(self, key: str, text: str) -> None:
         if key not in self._broken:
             self._broken.add(key)
             _log.warning("%s", text)
+
+
+def _or_none(read: Callable[[], float]) -> float | None:
+    try:
+        return float(read())
+    except Exception:  # noqa: BLE001 - a trainer's own getter may raise anything
+        return None

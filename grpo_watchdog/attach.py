@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
     clip_epsilon: Any = None,  # noqa: ANN401
     grad_norm_limit: Any = None,  # noqa: ANN401
     state: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     rules: str | Path | Rulebook = "documented",
     run_dir: str | Path | None = None,
     ratio_to: RatioTo = "reference",
     dims: int | None = None,
     tensorboard: Any = False,  # noqa: ANN401
     resume: bool = False,
+    mode: str = "act",
+    approve: Callable[..., Any] | None = None,
     **policy: Any,
 ) -> Watchdog:
     """Attach a watchdog to a plain PyTorch loop.
@@ -40,16 +43,22 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
         scaler: its GradScaler.
         reference: the frozen reference policy, looked at by the model checks.
         kl_coef: how the KL coefficient is turned: `gw.attr(config, "beta")`, `gw.item(d, "beta")` or a
-            (read, write) pair of functions. Left out, the KL dose cannot be given, and that is said.
+            (read, write) pair of functions. Left out, the KL dose cannot be given, and that is said. A checkpoint
+            holds what is set there, as it does for the next two; a rollback or a resumed run puts it back.
         clip_epsilon: the same for the clip range.
         grad_norm_limit: the same for the norm that gradients are clipped to.
         state: further things that a rollback must bring back, by name: samplers, data iterators, accumulators.
+        data: what decides which data comes next: samplers, data iterators, generators; saved and restored like
+            `state` when a run is resumed, but a rollback under a policy with `replay_data: false` leaves it where it
+            is, and the global random number generators too.
         rules: the rulebook: a name, a path or a loaded one.
         run_dir: where the journal and the checkpoints go.
         ratio_to: the policy that the surrogate ratio is taken to: "reference" (the document's trainer) or "old".
         dims: dimensions or tokens over which a trajectory's log-prob is summed, where known.
         tensorboard: True for `run_dir`/tensorboard, a folder, or a SummaryWriter.
         resume: go on with the run that `run_dir` holds.
+        mode: how far the watchdog may go, "act" or less.
+        approve: asked before an order is carried out, where the mode wants that.
         **policy: checkpoint_every, probation, on_divergence, recover_after, rollback_budget, targets, keep ...
 
     Returns:
@@ -76,11 +85,18 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
         reference=reference,
         knobs={"kl_coef": kl_coef, "clip_epsilon": clip_epsilon, "grad_norm_limit": grad_norm_limit},
         state=state,
+        data=data,
         check_every=book.policy.check_every,
+        tripwires=bool(getattr(book.policy, "tripwires", False)),
     )
+    manner: dict[str, Any] = {} if mode == "act" else {"mode": mode}
+    if approve is not None:
+        manner["approve"] = approve
     listeners = [TensorBoardListener(tensorboard)] if tensorboard else []
     try:
-        return Watchdog(book, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners)
+        return Watchdog(
+            book, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners, **manner
+        )
     except BaseException:
         controls.detach()
         raise

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from grpo_watchdog.actions import KNOB_ACTIONS, Outcome
 from grpo_watchdog.diagnosis import Incident
 from grpo_watchdog.metrics import RatioTo
-from grpo_watchdog.rulebook import Rulebook
+from grpo_watchdog.rulebook import Policy, Rulebook
 from grpo_watchdog.watch import Finding
 
 _FAR = 3.0  # a base this many times off the document's makes absolute targets worth a word
@@ -30,7 +30,9 @@ def settings(book: Rulebook, bases: Mapping[str, float]) -> list[str]:
     policy = book.policy
     return [
         f"rulebook {book.name}, targets {policy.targets}, on divergence {policy.on_divergence}",
+        *_manner(policy),
         *_levels(book, bases),
+        *_rungs(policy, bases),
     ]
 
 
@@ -82,7 +84,42 @@ def sentence(outcome: Outcome) -> str:
     if outcome.before is not None or outcome.after is not None:
         change = f" {_number(outcome.before)} -> {_number(outcome.after)}"
     failed = "" if outcome.ok else f" FAILED ({outcome.detail})"
-    return f"step {outcome.step}: {outcome.action}{change}{failed} [{outcome.rule}: {outcome.reason}]"
+    would = {"": "", "shadow": "would (shadow): "}.get(outcome.held_back, f"{outcome.held_back}: ")
+    return f"step {outcome.step}: {would}{outcome.action}{change}{failed} [{outcome.rule}: {outcome.reason}]"
+
+
+def _manner(policy: Policy) -> list[str]:
+    lines = []
+    if policy.mode == "shadow":
+        lines.append("mode shadow: everything is decided and written down, and nothing is touched")
+    if policy.mode == "approve":
+        lines.append(
+            f"mode approve: what touches the run waits for a yes, {policy.approve_within} observations at most; "
+            f"then the answer is {policy.approve_default}"
+        )
+    if policy.shadow and policy.mode != "shadow":
+        lines.append(f"in shadow, told and not done: {', '.join(policy.shadow)}")
+    if policy.veto is not None:
+        lines.append(
+            "an optimizer step is skipped where its gradient is not finite, or "
+            f"{policy.veto.factor:g} times the run's own"
+        )
+    return lines
+
+
+def _rungs(policy: Policy, bases: Mapping[str, float]) -> list[str]:
+    """Return what `escalate` does, rung by rung."""
+    lines = []
+    for number, rung in enumerate(policy.ladder, start=1):
+        parts = []
+        for name, factor in rung.items():
+            action = KNOB_ACTIONS.get(name)
+            if action is None:
+                parts.append(name)
+            elif action.knob in bases:
+                parts.append(f"{action.knob} held where it was" if factor == 1 else f"{action.knob} times {factor:g}")
+        lines.append(f"escalate, rung {number}: {', '.join(parts)}")
+    return lines
 
 
 def _levels(book: Rulebook, bases: Mapping[str, float]) -> list[str]:

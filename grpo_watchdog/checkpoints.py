@@ -34,6 +34,7 @@ class Checkpoint(NamedTuple):
         healthy: healthy observations since.
         proven: whether there were enough of them.
         memory: the findings' state at that step, which a rollback brings back.
+        born: the ledger's count of observations when it was taken; -1 for one of an earlier session.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Checkpoint(NamedTuple):
     healthy: int
     proven: bool
     memory: dict[str, Any]
+    born: int = 0
 
 
 class Ledger:
@@ -56,14 +58,17 @@ class Ledger:
         self._probation, self._keep = probation, keep
         self.entries: list[Checkpoint] = []
         self._settling = False  # whether any candidate waits
+        self._now = 0  # observations
+        self._shorter = 1.0
 
     def add(self, checkpoint_id: str, step: int, memory: dict[str, Any]) -> None:
         """Enter a fresh candidate."""
-        self.entries.append(Checkpoint(checkpoint_id, step, 0, proven=False, memory=memory))
+        self.entries.append(Checkpoint(checkpoint_id, step, 0, proven=False, memory=memory, born=self._now))
         self._settling = True
 
     def tick(self, *, healthy: bool) -> tuple[list[str], list[str]]:
         """Count one observation; return the ids that became proven, and those that are to be deleted."""
+        self._now += 1
         if not self._settling:
             return [], []
         if not healthy:
@@ -71,12 +76,17 @@ class Ledger:
             self.drop(failed)
             return [], failed
         counted = [c if c.proven else c._replace(healthy=c.healthy + 1) for c in self.entries]
-        proven = [c.id for c in counted if not c.proven and c.healthy >= self._probation]
+        enough = max(1, round(self._probation * self._shorter))
+        proven = [c.id for c in counted if not c.proven and c.healthy >= enough]
         self.entries = [c._replace(proven=c.proven or c.id in proven) for c in counted]
         surplus = self.proven()[: -self._keep] if proven else []
         self.drop([c.id for c in surplus])
         self._settling = any(not c.proven for c in self.entries)
         return proven, [c.id for c in surplus]
+
+    def shorten(self, factor: float) -> None:
+        """Take this part of the probation as enough from now on."""
+        self._shorter = factor
 
     def proven(self) -> list[Checkpoint]:
         """Return the proven ones, oldest first."""
@@ -86,9 +96,17 @@ class Ledger:
         """Return how many candidates wait for their probation."""
         return sum(not c.proven for c in self.entries)
 
-    def choices(self, before: str | None = None) -> list[Checkpoint]:
-        """Return what a rollback may go to, best first: proven, newest first, and older than `before`."""
-        return [c for c in reversed(self.entries) if c.proven and (before is None or c.id < before)]
+    def choices(self, older_than: int = 0) -> list[Checkpoint]:
+        """Return what a rollback may go to, best first: proven, newest first, taken before a trouble began.
+
+        Where none is that old, the oldest there is.
+
+        Args:
+            older_than: how long ago it began; 0 for just now [observations].
+        """
+        proven = self.proven()
+        old_enough = [c for c in reversed(proven) if c.born < self._now - older_than]
+        return old_enough or proven[:1]
 
     def drop(self, ids: list[str]) -> None:
         """Strike checkpoints off."""
@@ -97,11 +115,12 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries as JSON-able values."""
-        return {"entries": [list(c) for c in self.entries]}
+        return {"entries": [list(c) for c in self.entries], "now": self._now, "shorter": self._shorter}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.entries = [Checkpoint(*row) for row in state["entries"]]
+        self._now, self._shorter = state["now"], state["shorter"]
         self._settling = any(not c.proven for c in self.entries)
 
 
@@ -207,7 +226,7 @@ class Vault:
                     _log.warning("passed over: %s", error)
                     damaged.append(str(error))
                     continue
-                found.append(Checkpoint(checkpoint_id, step, 0, proven=True, memory=memory))
+                found.append(Checkpoint(checkpoint_id, step, 0, proven=True, memory=memory, born=-1))
         if damaged and not found:
             raise DamagedError(f"no proven checkpoint is whole: {'; '.join(damaged)}")
         return found

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from grpo_watchdog import examples
+from grpo_watchdog.approval import open_question, told, write_answer
 from grpo_watchdog.errors import Problem, RulebookError, WatchdogError
 from grpo_watchdog.metrics import METRICS
 from grpo_watchdog.replay import replay
@@ -133,9 +134,38 @@ def _metrics(options: argparse.Namespace) -> int:  # noqa: ARG001
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from grpo_watchdog.lab.demo import main as demo  # noqa: PLC0415 - torch is slow to load, and only the demo needs it
+    from grpo_watchdog.lab.demo import main as demo  # noqa: PLC0415 - torch is slow to load, and only the lab needs it
 
-    demo(seed=options.seed, run_dir=options.run_dir, as_json=options.json, steps=options.steps)
+    demo(seed=options.seed, run_dir=options.run_dir, as_json=options.json, steps=options.steps, rules=options.rules)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from grpo_watchdog.lab.rescue import main as rescue  # noqa: PLC0415
+
+    return rescue(
+        quick=options.quick,
+        as_json=options.json,
+        task=options.task,
+        policy=options.policy,
+        fault=options.fault,
+        split=options.split,
+        seeds=options.seeds,
+        jobs=options.jobs,
+        out=options.out,
+        fresh=options.fresh,
+    )
+
+
+def _approve(options: argparse.Namespace) -> int:
+    question = open_question(options.run_dir)
+    if question is None:
+        print(f"{options.run_dir}: nothing waits for an answer")
+        return 0 if options.answer is None else UNUSABLE
+    print(told(question))
+    if options.answer is not None:
+        write_answer(options.run_dir, question["number"], options.answer)
+        print(f"answered: {options.answer}")
     return 0
 
 
@@ -153,7 +183,16 @@ def _parser() -> argparse.ArgumentParser:
         help="where the run folders go (default: runs/demo, or the first free of runs/demo-2, -3 ...)",
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    demo.add_argument("--rules", default="guarded", help="the rulebook that acts (default guarded)")
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="measure what the watchdog saves, and what it costs")
+    _rescue_parser(bench.add_subparsers(required=True, metavar="WHAT"))
+
+    approve = commands.add_parser("approve", help="show what a run in the mode approve waits for, and answer")
+    approve.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    approve.add_argument("answer", nargs="?", choices=("yes", "no"), help="left out: only show the question")
+    approve.set_defaults(run=_approve)
 
     report = commands.add_parser("report", help="what happened in a run, why, and what to do next")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -172,6 +211,21 @@ def _parser() -> argparse.ArgumentParser:
     rules = commands.add_parser("rules", help="list, show, check and test rulebooks")
     _rules_parser(rules.add_subparsers(required=True, metavar="WHAT"))
     return parser
+
+
+def _rescue_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    rescue = commands.add_parser("rescue", help="live faults in real trainings, with and without the watchdog")
+    rescue.add_argument("--quick", action="store_true", help="minutes: fewer seeds and policies")
+    rescue.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    rescue.add_argument("--task", action="append", help="only this task; may be repeated")
+    rescue.add_argument("--policy", action="append", help="only this policy, beside none; may be repeated")
+    rescue.add_argument("--fault", action="append", help="only this fault or look-alike; may be repeated")
+    rescue.add_argument("--split", choices=("development", "test"), default="test", help="which seeds (default test)")
+    rescue.add_argument("--seeds", type=_above_zero, help="of every fault and severity")
+    rescue.add_argument("--jobs", type=_above_zero, help="processes (default: one a core)")
+    rescue.add_argument("--out", type=Path, default=Path("runs/rescue"), help="where results go (default runs/rescue)")
+    rescue.add_argument("--fresh", action="store_true", help="begin anew instead of going on")
+    rescue.set_defaults(run=_bench)
 
 
 def _rules_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,97 +1,20 @@
 """What a trainer lets us read, turn, save and restore: the protocols, and the knobs that need no trainer.
 
-A `Dial` is how one number is read and written (an attribute, an item, a pair of functions). A `Knob` holds
-such a number below a ceiling or above a floor until it is released. `Controls` is all that a trainer offers.
+A `Dial` (`dials.py`) is how one number is read and written. A `Knob` holds such a number below a ceiling or above a
+floor until it is released. `Controls` is all that a trainer offers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from grpo_watchdog.errors import ConfigurationError
+from grpo_watchdog.dials import Dial, attr, dial, item, number
 
-
-class Dial(NamedTuple):
-    """How one number of the trainer is read and written, and what to call the place."""
-
-    read: Callable[[], float]
-    write: Callable[[float], None]
-    where: str
-
-
-def attr(owner: object, name: str) -> Dial:
-    """Return the dial for an attribute that the trainer reads on every step: `gw.attr(config, "beta")`.
-
-    `owner` is the object that the training loop really reads (a copy of it turns nothing); the attribute is a
-    float, an int or a 0-d tensor or array (which is then filled in place).
-
-    Raises:
-        ConfigurationError: there is no such attribute.
-    """
-    try:
-        first = getattr(owner, name)
-    except Exception as error:
-        raise ConfigurationError(f"{type(owner).__name__} has no attribute {name!r} to read: {error}") from error
-    return _place(
-        lambda: getattr(owner, name), lambda value: setattr(owner, name, value), first, f"{type(owner).__name__}.{name}"
-    )
-
-
-def item(owner: MutableMapping[str, Any], key: str) -> Dial:
-    """Return the dial for an item of a mapping; a ConfigurationError where there is no such key."""
-    if key not in owner:
-        known = ", ".join(map(repr, owner)) or "nothing"
-        raise ConfigurationError(f"no item {key!r}; there is {known}")
-    return _place(lambda: owner[key], lambda value: owner.__setitem__(key, value), owner[key], f"[{key!r}]")
-
-
-def _place(get: Callable[[], Any], put: Callable[[Any], None], first: Any, where: str) -> Dial:  # noqa: ANN401
-    """Return the dial for a place that holds a number, or a tensor or array that others hold too."""
-
-    def write(value: float) -> None:
-        now = get()
-        if hasattr(now, "dtype") and hasattr(now, "__setitem__"):
-            if "float" not in str(now.dtype):
-                raise TypeError(f"a {type(now).__name__} of type {now.dtype} holds no fractions")
-            (now.data if hasattr(now, "fill_") else now)[...] = value  # under autograd's nose
-        else:  # the user's own value is of the user's own type: an int stays an int
-            put(first if type(first) is not float and _number(first) == value else value)
-
-    return Dial(lambda: _number(get()), write, where)
-
-
-def _number(value: Any) -> float:  # noqa: ANN401
-    if isinstance(value, str | bytes):
-        raise TypeError(f"{value!r} is text, not a number")
-    return float(value.detach() if hasattr(value, "detach") else value)
-
-
-def dial(spec: Dial | tuple[Callable[[], float], Callable[[float], None]], name: str) -> Dial:
-    """Return a working dial for what a user handed over as `name`, tried once without changing anything.
-
-    Raises:
-        ConfigurationError: it is no Dial or (read, write) pair, not a finite number, or not to be written.
-    """
-    if isinstance(spec, tuple) and len(spec) == 2 and all(map(callable, spec)):  # noqa: PLR2004
-        spec = Dial(spec[0], spec[1], name)
-    if not isinstance(spec, Dial):
-        raise ConfigurationError(
-            f"{name} must be gw.attr(object, 'name'), gw.item(dict, 'key') or a (read, write) pair of functions, "
-            f"not {spec!r}: a plain number cannot be turned while the trainer runs"
-        )
-    try:
-        now = _number(spec.read())
-        if math.isfinite(now):
-            spec.write(now)
-    except Exception as error:
-        raise ConfigurationError(f"{name} ({spec.where}) cannot be turned: {error}") from error
-    if not math.isfinite(now):
-        raise ConfigurationError(f"{name} ({spec.where}) is {now}; it must be finite")
-    return spec
+__all__ = ["Check", "Controls", "Dial", "DialKnob", "Knob", "NoControls", "Veto", "attr", "dial", "item"]
 
 
 class Knob(Protocol):
@@ -101,6 +24,10 @@ class Knob(Protocol):
 
     def read(self) -> float:
         """Return the value in force."""
+        ...
+
+    def own(self) -> float:
+        """Return what the user or the schedule has it at, whatever limit is held."""
         ...
 
     def base(self) -> float:
@@ -144,11 +71,24 @@ class DialKnob:
 
     def read(self) -> float:
         """Return the value in force."""
-        return _number(self._dial.read())
+        return number(self._dial.read())
+
+    def own(self) -> float:
+        """Return the user's value; while a limit is held, what somebody else wrote since counts as that."""
+        now = self.read()
+        return self._own if self._limit is not None and self._untouched(now) else now
 
     def base(self) -> float:
         """Return the value at attach."""
         return self._base
+
+    def put_back(self, own: float) -> None:
+        """Make an earlier value the user's again; a limit that is held is applied to it."""
+        if self._limit is None:
+            self._dial.write(own)
+        else:
+            self._own = own
+            self._apply(self._limit)
 
     def hold(self, limit: float) -> None:
         """Apply the limit to the user's value and remember it."""
@@ -219,6 +159,21 @@ class Check(NamedTuple):
     detail: str
 
 
+class Veto(NamedTuple):
+    """When an optimizer step is skipped: its gradient is not finite, or absurd beside the run's own.
+
+    Attributes:
+        factor: an absurd gradient norm is more than this many times the median of the run's last accepted norms.
+        most_in_a_row: absurd but finite gradients vetoed one after the other before such steps are let through:
+            a scale that really changed must not freeze the run. A gradient that is not finite is always vetoed.
+        dry: only count what would be vetoed, and change nothing.
+    """
+
+    factor: float = 1000.0
+    most_in_a_row: int = 3
+    dry: bool = False
+
+
 class Controls(Protocol):
     """All that a trainer offers. Whatever it lacks is said at attach, and done without."""
 
@@ -236,8 +191,12 @@ class Controls(Protocol):
         """Write the whole training state into an empty folder; raise CheckpointError where it is not finite."""
         ...
 
-    def restore(self, folder: Path) -> None:
-        """Restore everything from such a folder, or leave everything as it was and raise."""
+    def restore(self, folder: Path, *, replay_data: bool = True) -> None:
+        """Restore everything from such a folder, or leave everything as it was and raise.
+
+        `replay_data` False leaves what decides which data comes next where it is now: the data that led into
+        trouble does not come again.
+        """
         ...
 
     def inspect(self) -> list[Check]:
@@ -246,6 +205,26 @@ class Controls(Protocol):
 
     def measure(self) -> dict[str, float]:
         """Return metrics that the trainer does not emit and that cost something: param_change, param_drift."""
+        ...
+
+    def signals(self) -> dict[str, float]:
+        """Return what is watched on every optimizer step, the worst since the last call; {} where nothing is.
+
+        param_change, weights_touched, moments_touched and reference_touched are relative changes [1], vetoes a
+        count [steps]. Read once an observation.
+        """
+        ...
+
+    def arm(self, veto: Veto | None) -> None:
+        """Veto poisoned optimizer steps from now on; None vetoes none."""
+        ...
+
+    def vetoed(self) -> list[str]:
+        """Return a sentence for each step vetoed since the last call; bounded."""
+        ...
+
+    def pause(self, *, on: bool) -> None:
+        """Skip every optimizer step from now on, with no state touched, or none any more."""
         ...
 
 
@@ -258,7 +237,8 @@ class NoControls:
     def save(self, folder: Path) -> None:
         """Do nothing: never called, since it is not `restorable`."""
 
-    restore = save
+    def restore(self, folder: Path, *, replay_data: bool = True) -> None:
+        """Do nothing: never called, since it is not `restorable`."""
 
     def inspect(self) -> list[Check]:
         """Return nothing."""
@@ -267,3 +247,18 @@ class NoControls:
     def measure(self) -> dict[str, float]:
         """Return nothing."""
         return {}
+
+    def signals(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def arm(self, veto: Veto | None) -> None:
+        """Do nothing: there is no optimizer whose steps could be vetoed."""
+
+    def vetoed(self) -> list[str]:
+        """Return nothing."""
+        return []
+
+    def pause(self, *, on: bool) -> None:
+        """Raise: there is no optimizer whose steps could be skipped."""
+        raise NotImplementedError("nothing was handed over that could be paused")

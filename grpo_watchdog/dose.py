@@ -48,26 +48,29 @@ class Effect(NamedTuple):
 
 
 class Want(NamedTuple):
-    """What the firing rules ask of one action, merged."""
+    """What the firing rules ask of one action, merged; `age` is how long ago the oldest of these troubles began."""
 
     target: float
     rule: str
     rank: int
     reason: str
+    age: int = 0
 
 
 def wanted(book: Rulebook, findings: Sequence[Finding]) -> dict[str, Want]:
     """Return what all firing rules together ask of each action: the safest of each; symptoms ask for nothing."""
     wants: dict[str, Want] = {}
     for finding in findings:
-        if finding.inhibited_by:
+        if finding.inhibited_by or finding.alone:
             continue
         reason = _reason(finding)
         for name, target in book.rules[finding.rule].ladder[finding.rank - 1].do.items():
-            new = Want(float(target), finding.rule, finding.rank, reason)
+            new = Want(float(target), finding.rule, finding.rank, reason, finding.age)
             old = wants.get(name)
             if old is None or ACTIONS[name].merge(old.target, new.target) != old.target:
-                wants[name] = new
+                wants[name] = new if old is None else new._replace(age=max(old.age, new.age))
+            elif finding.age > old.age:
+                wants[name] = old._replace(age=finding.age)
     return wants
 
 

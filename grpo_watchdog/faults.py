@@ -36,15 +36,15 @@ def references(page: Page) -> list[Problem]:
             stem = ".".join(map(str, key[:2]))
             problems.append(Problem(*page.places.value(key), f"{stem}: {no_such(what, name, known)}"))
 
+    naming = [(field, "rule", rules) for field in ("inhibits", "corroborated_by", "contradicted_by")]
     for rule_id, rule in rules.items():
-        for index, name in enumerate(_list(rule, "inhibits")):
-            key: Key = ("rules", rule_id, "inhibits", index)
-            want("rule", name, rules, key)
-            if rule_id in (way := _inhibited(name, rules)):
-                round_trip = " inhibits ".join((rule_id, *way[: way.index(rule_id) + 1]))
-                problems.append(Problem(*page.places.value(key), f"rules.{rule_id}: a circle: {round_trip}"))
-        for index, name in enumerate(_list(rule, "causes")):
-            want("cause", name, causes, ("rules", rule_id, "causes", index))
+        for field, what, known in (*naming, ("causes", "cause", causes)):
+            for index, name in enumerate(_list(rule, field)):
+                want(what, name, known, ("rules", rule_id, field, index))
+                if field == "inhibits" and rule_id in (way := _inhibited(name, rules)):
+                    place = page.places.value(("rules", rule_id, field, index))
+                    round_trip = " inhibits ".join((rule_id, *way[: way.index(rule_id) + 1]))
+                    problems.append(Problem(*place, f"rules.{rule_id}: a circle: {round_trip}"))
     for cause_id, cause in causes.items():
         for index, evidence in enumerate(_list(cause, "evidence")):
             if isinstance(evidence, dict):
@@ -79,7 +79,8 @@ def _problem(fault: ErrorDetails, page: Page, schema: dict[str, Any]) -> Problem
             place = page.places.word(key)
             allowed = _fields_at(schema, loc[:-1])
             name = ".".join(map(str, key[:-1])) or "rulebook"
-            message = no_such("action" if key[-2:-1] == ("do",) else "field", last, allowed)
+            actions = key[-2:-1] == ("do",) or key[:2] == ("policy", "ladder")
+            message = no_such("action" if actions else "field", last, allowed)
         case "value_error":
             message = str(fault["ctx"]["error"])
         case "model_type" | "model_attributes_type" | "dict_type" if given is not None:

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from grpo_watchdog.metrics import Step
-from grpo_watchdog.rule import RANK
+from grpo_watchdog.metrics import METRICS, Step
+from grpo_watchdog.rule import RANK, Rule
 from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watch import Finding, Watch
 
+_MILDER = {"critical": "warning", "warning": "notice", "notice": "notice"}
 _MISSING_FOR = 10  # observations without a metric after which its rule counts as blind again
+_STEADY = frozenset(
+    name
+    for name, metric in METRICS.items()
+    if metric.source == "watchdog" or name in ("learning_rate", "kl_coef", "clip_epsilon", "grad_norm_limit")
+)  # settings, and invariants: to stay the same is what they are for
 _FROZEN_EVERY, _FROZEN_TIMES = 10, 10  # looked at every 10, equal 10 times: frozen over 100 observations
 
 
@@ -36,6 +42,7 @@ class Findings:
         """Start with every rule inactive."""
         self._watches = [Watch(rule_id, rule) for rule_id, rule in sorted(book.rules.items())]
         sleepers = [w for w in self._watches if w.detector.quiet or w.detector.steady]
+        self._rules = {w.rule_id: w.rule for w in self._watches}
         self._sleepers, self._awake = sleepers, sleepers  # awake: those that the next value may change
         self._asleep: list[tuple[Watch, str, float, float]] = []
         self._always = [w for w in self._watches if w not in sleepers]
@@ -127,7 +134,9 @@ class Findings:
 
     def _explained(self, found: list[Finding]) -> tuple[Finding, ...]:
         """Mark symptoms: a cause explains what it inhibits, unless that is more severe than itself."""
-        rules = {w.rule_id: w.rule for w in self._watches}
+        rules = self._rules
+        names = {f.rule for f in found}
+        found = [_weighed(f, rules[f.rule], names) for f in found]
         severity = {f.rule: RANK[f.severity] for f in found}
         marked = []
         for finding in found:
@@ -143,8 +152,17 @@ class Findings:
     def _look_for_frozen(self, values: Mapping[str, float]) -> None:
         sampled, unchanged = self._sampled, self._unchanged
         for name, value in values.items():
-            unchanged[name] = unchanged.get(name, 0) + 1 if sampled.get(name) == value else 0
+            steady = sampled.get(name) == value and name not in _STEADY
+            unchanged[name] = unchanged.get(name, 0) + 1 if steady else 0
             sampled[name] = value
+
+
+def _weighed(finding: Finding, rule: Rule, firing: set[str]) -> Finding:
+    """Return a finding that needs a witness and has none, or is contradicted, one level milder, asking for nothing."""
+    witnesses = rule.corroborated_by
+    if (not witnesses or not firing.isdisjoint(witnesses)) and firing.isdisjoint(rule.contradicted_by):
+        return finding
+    return finding._replace(severity=_MILDER[finding.severity], alone=True)
 
 
 _NAN = float("nan")

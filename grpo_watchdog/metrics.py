@@ -28,7 +28,8 @@ class Metric(NamedTuple):
         reduction: over what it was reduced, and how.
         formula: how it is computed.
         normal: the documented normal range, or None where none is documented.
-        source: "document" (the user's notes on the incident) or the field's usual definition.
+        source: "document" (the user's notes on the incident), "field" (its usual definition), or "watchdog": taken by
+            the watchdog itself on a trainer that it is attached to.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Metric(NamedTuple):
     source: str = "field"
 
 
-_DOCUMENT = "document"
+_DOCUMENT, _OWN = "document", "watchdog"
 _REF, _OLD = "current/reference", "current/old"
 _SEQ, _BATCH, _STEP = "mean over batch of trajectory sums", "mean over batch", "one per step"
 
@@ -69,7 +70,7 @@ METRICS: dict[str, Metric] = {
         Metric("max_ratio", "1", "current/as in the surrogate", "max", "max exp(log_ratio)"),
         Metric("min_ratio", "1", "current/as in the surrogate", "min", "min exp(log_ratio)"),
         Metric("ess", "fraction", _OLD, "over batch", "(sum w)^2 / (n sum w^2), w = exp(log_ratio)"),
-        Metric("step_kl", "nats", _OLD, "mean", "k3: exp(-d) - 1 + d, d = log_ratio to old"),
+        Metric("step_kl", "nats", _OLD, "mean", "k3: exp(d) - 1 - d, d = log_ratio to old, on samples of old"),
         Metric("kl", "nats", _REF, "as the source states", "estimator as the source states"),
         Metric("kl_coef", "1", "", _STEP, "beta, the weight of the KL term in the loss"),
         Metric("clip_epsilon", "1", "", _STEP, "half-width of the surrogate's clip range"),
@@ -87,6 +88,15 @@ METRICS: dict[str, Metric] = {
         Metric("sampler_mismatch", "nats", "trainer/sampler", "mean", "|log p_train - log p_sampler|"),
         Metric("param_change", "fraction", "", "over trainable parameters", "|dw| / |w| in one step"),
         Metric("param_drift", "fraction", "", "over trainable parameters", "|w - w_ref| / |w_ref|"),
+        Metric("weights_touched", "fraction", "", "over trainable parameters",
+               "|dw| / |w| between two optimizer steps", None, _OWN),
+        Metric("moments_touched", "fraction", "", "over optimizer moments, the worst kind",
+               "|dm| / |m| between two optimizer steps", None, _OWN),
+        Metric("reference_touched", "fraction", "", "over the reference", "|dw| / |w| since attach", None, _OWN),
+        Metric("vetoes", "steps", "", "since the last observation", "optimizer steps that were vetoed", None, _OWN),
+        Metric("learning_rate_set", "1", "", _STEP, "as the schedule has it, our ceiling left out", None, _OWN),
+        Metric("kl_coef_set", "1", "", _STEP, "as the user has it, our floor left out", None, _OWN),
+        Metric("clip_epsilon_set", "1", "", _STEP, "as the user has it, our ceiling left out", None, _OWN),
     )
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from grpo_watchdog import journal
 from grpo_watchdog.actions import Order, Outcome
+from grpo_watchdog.approval import ANSWERED, DECLINED
 from grpo_watchdog.controls import Check
 from grpo_watchdog.metrics import Intake, Step
 from grpo_watchdog.rulebook import from_json
@@ -53,6 +54,19 @@ class Recording:
         self.outcomes: deque[Outcome] = deque()
         self.held: deque[Outcome] = deque()
         self.checks: deque[list[Check]] = deque()
+        self.answers: deque[bool] = deque()
+
+    def take(self, entry: Mapping[str, Any]) -> None:
+        """Take one entry of the journal: what it tells of the trainer's side is played back."""
+        match entry["kind"]:
+            case "outcome" if entry["held_back"] != DECLINED:  # that never came from the trainer's side
+                self.outcomes.append(_outcome(entry))
+            case "held":
+                self.held.append(_outcome(entry))
+            case "answer" if entry["how"] == ANSWERED:
+                self.answers.append(entry["yes"])
+            case "check":
+                self.checks.append([Check(*check) for check in entry["checks"]])
 
     def read(self) -> dict[str, float]:
         """Return nothing: the knobs stand in the recorded step."""
@@ -67,6 +81,16 @@ class Recording:
         held = list(self.held)
         self.held.clear()
         return held
+
+    def ask(self, question: Mapping[str, Any]) -> None:
+        """Ask nobody."""
+
+    def answer(self, question: Mapping[str, Any]) -> bool | None:  # noqa: ARG002
+        """Return the answer that was given then, on the step on which it was."""
+        return self.answers.popleft() if self.answers else None
+
+    def settled(self, number: int) -> None:
+        """Touch nothing."""
 
     def execute(self, order: Order, step: int) -> Outcome:
         """Return what became of the order then; one that was never carried out then failed."""
@@ -163,16 +187,11 @@ def _decide(session: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, str]
             judge.judge(seen, notices)
 
     for entry in rest:  # what followed a step belongs to it, so a step is decided when the next begins
-        match entry["kind"]:
-            case "step" | "call":
-                decide()
-                pending = entry
-            case "outcome":
-                recording.outcomes.append(_outcome(entry))
-            case "held":
-                recording.held.append(_outcome(entry))
-            case "check":
-                recording.checks.append([Check(*check) for check in entry["checks"]])
+        if entry["kind"] in ("step", "call"):
+            decide()
+            pending = entry
+        else:
+            recording.take(entry)
     decide()
     if _ended(session):
         judge.note_blind(None)

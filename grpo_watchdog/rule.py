@@ -110,6 +110,8 @@ class Rule(Model):
         for_: consecutive observations on which it must hold before it fires [observations].
         keep_firing_for: consecutive observations on which it must not hold before it stops [observations].
         inhibits: rules that are this one's symptoms: while this fires, theirs are listed under it.
+        corroborated_by: rules of which one must fire too; until then this one is a level milder and asks for nothing.
+        contradicted_by: rules of which none may fire; while one does, the same.
         causes: likely causes, in the document's order.
         switch_on: what to log where the rule is blind.
         examples: its tests.
@@ -121,6 +123,8 @@ class Rule(Model):
     for_: Annotated[int, Field(alias="for", ge=1, le=100_000)] = 1
     keep_firing_for: Annotated[int, Field(ge=1, le=100_000)] = 5
     inhibits: list[str] = Field(default_factory=list)
+    corroborated_by: list[str] = Field(default_factory=list)
+    contradicted_by: list[str] = Field(default_factory=list)
     causes: list[str] = Field(default_factory=list)
     switch_on: Text | None = None
     examples: list[Example] = Field(default_factory=list)

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grpo_watchdog import pages
-from grpo_watchdog.actions import KNOB_ACTIONS
+from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS
 from grpo_watchdog.detectors import AnyRule
 from grpo_watchdog.errors import ConfigurationError, Problem, RulebookError
 from grpo_watchdog.faults import problems_of, references, sentence
 from grpo_watchdog.pages import shipped
-from grpo_watchdog.rule import MetricName, Model, Number, Positive, Text, no_such
+from grpo_watchdog.rule import Doses, MetricName, Model, Number, Positive, Text, no_such
 from grpo_watchdog.scalars import shown
 from grpo_watchdog.yaml_source import Places
 
@@ -29,6 +29,18 @@ __all__ = ["Base", "Cause", "Evidence", "Policy", "Rulebook", "from_json", "load
 
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class VetoPolicy(Model):
+    """Which optimizer steps are skipped before they land. A gradient that is not finite always is.
+
+    Attributes:
+        factor: a gradient norm this many times the run's own median is absurd.
+        most_in_a_row: absurd steps that are skipped in a row before the next is let through: the run may have changed.
+    """
+
+    factor: Annotated[Number, Field(ge=10)] = 1000.0
+    most_in_a_row: Annotated[int, Field(ge=1, le=1000)] = 3
 
 
 class Policy(Model):
@@ -47,6 +59,18 @@ class Policy(Model):
         cooldown: observations for which a dose that was taken back is not given again, unless by a higher level.
         effect_within: observations after which a dose must have shown its effect.
         check_every: observations between looks at the model; 0 looks only when something is critical.
+        mode: "act"; "shadow" decides and journals everything and touches nothing; "approve" asks before it acts.
+        shadow: rules and actions that only say what they would have done, whatever the mode.
+        approve_within: observations for which a question waits for its answer.
+        approve_default: what counts as the answer then.
+        veto: poisoned optimizer steps that are skipped before they land, or null for none.
+        tripwires: whether weights, moments and reference are watched for writes outside the optimizer's steps.
+        replay_data: whether a rollback brings the data and the random state back too; false goes on with fresh data.
+        ladder: what `escalate` does the first time, and each time that the trouble comes back within `recur_within`.
+        harm: rules that show harm: beyond the ladder's first rung only while one of them fires. Trouble that comes back
+            and does no harm is reported and lived with. Empty: beyond it in any case.
+        rewarm: once healthy for `recover_after`, a limit is loosened by this factor, and again, up to what the run
+            started with, where it stays; null lifts it at once.
     """
 
     on_divergence: Literal["rollback", "halt"] = "rollback"
@@ -60,6 +84,29 @@ class Policy(Model):
     cooldown: Count = 20
     effect_within: Annotated[int, Field(ge=1, le=10_000)] = 10
     check_every: Count = 50
+    mode: Literal["act", "shadow", "approve"] = "act"
+    shadow: list[str] = Field(default_factory=list)
+    approve_within: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    approve_default: Literal["no", "yes"] = "no"
+    veto: VetoPolicy | None = None
+    tripwires: bool = False
+    replay_data: bool = True
+    ladder: Annotated[list[Doses], Field(max_length=16)] = Field(default_factory=list)
+    harm: list[str] = Field(default_factory=list)
+    rewarm: Annotated[Number, Field(gt=1)] | None = None
+
+    @field_validator("ladder")
+    @classmethod
+    def _safe(cls, ladder: list[Doses]) -> list[Doses]:
+        for rung in ladder:
+            if not rung or "escalate" in rung:
+                raise ValueError("a rung names what to do, and escalate is what climbs it")
+            for name, factor in rung.items():
+                action = KNOB_ACTIONS.get(name)
+                if action is not None and action.merge(1.0, factor) != factor:
+                    word = "at most" if action.safe == "min" else "at least"
+                    raise ValueError(f"{name} takes a factor of {word} 1 on a rung, not {factor:g}")
+        return ladder
 
 
 class Evidence(Model):
@@ -116,6 +163,21 @@ class Rulebook(Model):
     causes: dict[Id, Cause] = Field(default_factory=dict)
     rules: Annotated[dict[Id, AnyRule], Field(min_length=1)]
 
+    @field_validator("rules")
+    @classmethod
+    def _policy_fits(cls, rules: dict[str, AnyRule], info: ValidationInfo) -> dict[str, AnyRule]:
+        policy = info.data.get("policy")
+        if policy is None:  # it is wrong by itself
+            return rules
+        faults = _no_such_shadow(policy.shadow, rules)
+        faults += [no_such("rule", name, rules) for name in policy.harm if name not in rules]
+        asking = [i for i, rule in rules.items() if any("escalate" in level.do for level in rule.ladder)]
+        if asking and not policy.ladder:
+            faults.append(f"rule {asking[0]} asks to escalate, and policy.ladder has no rung")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return rules
+
     def as_json(self) -> str:
         """Return everything that decides, as JSON: what a journal carries. The examples do not decide."""
         return self.model_dump_json(by_alias=True, exclude={"rules": {"__all__": {"examples"}}})
@@ -134,6 +196,8 @@ class Rulebook(Model):
             ConfigurationError: an option is unknown or cannot be what was given; says what is allowed.
         """
         faults = [no_such("option", name, Policy.model_fields) for name in options if name not in Policy.model_fields]
+        shadow = options.get("shadow", ())
+        faults += _no_such_shadow(shadow if isinstance(shadow, list) else [], self.rules)
         try:
             policy = Policy.model_validate(
                 {**self.policy.model_dump(), **{k: v for k, v in options.items() if k in Policy.model_fields}}
@@ -173,6 +237,15 @@ def from_json(data: object) -> Rulebook:
     return _validate(pages.Page(data, places))
 
 
+def _no_such_shadow(names: Sequence[object], rules: Mapping[str, object]) -> list[str]:
+    """Return what of `shadow` is neither a rule nor an action."""
+    return [
+        no_such("rule or action", str(name), [*ACTIONS, "veto", *rules])
+        for name in names
+        if name not in {*ACTIONS, "veto", *rules}
+    ]
+
+
 def _forget_removed(page: pages.Page) -> None:
     """Drop what still names a rule or cause that a page took out: taking one out is enough said."""
     gone = {"rules": set[str](), "causes": set[str]()}
@@ -180,8 +253,9 @@ def _forget_removed(page: pages.Page) -> None:
         if len(key) == 2 and key[0] in gone:  # noqa: PLR2004 - ("rules", name)
             gone[str(key[0])].add(str(key[1]))
     rules = page.data.get("rules")
+    naming = [(field, gone["rules"]) for field in ("inhibits", "corroborated_by", "contradicted_by")]
     for rule in rules.values() if isinstance(rules, dict) else ():
-        for field, names in (("inhibits", gone["rules"]), ("causes", gone["causes"])):
+        for field, names in (*naming, ("causes", gone["causes"])):
             if names and isinstance(rule, dict) and isinstance(rule.get(field), list):
                 rule[field] = [name for name in rule[field] if name not in names]
     causes = page.data.get("causes")

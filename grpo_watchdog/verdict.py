@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from grpo_watchdog import briefing, journal
 from grpo_watchdog.actions import Order, Outcome
 from grpo_watchdog.actuation import Actuator
+from grpo_watchdog.approval import DECLINED, Approvals
 from grpo_watchdog.checkpoints import Ledger
 from grpo_watchdog.controls import Check
 from grpo_watchdog.diagnosis import Diagnosis, Incident
 from grpo_watchdog.findings import Blind, Findings
 from grpo_watchdog.metrics import Intake, Step
 from grpo_watchdog.plan import Planner
+from grpo_watchdog.rule import RANK
 from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watch import Finding
 
@@ -78,6 +80,7 @@ class Judge:
         """Start with nothing seen."""
         self._log = log
         self._check_every = book.policy.check_every
+        self.approvals = Approvals(book.policy, actuator, sink)
         self._actuator, self._journal = actuator, sink
         self.intake = intake
         self.findings = Findings(book)
@@ -103,19 +106,14 @@ class Judge:
         self._journal.append({"kind": "step", "step": number, "values": values}, flush=False)
         findings = self.findings.detect(seen)
         level = findings[0].severity if findings else "ok"
-        if scheduled or (level == "critical" and self._level != "critical"):
+        if scheduled or (level in _LOUD and RANK[level] > RANK[self._level]):
             notices += self.inspect(number)
-        outcomes = self._read_back(number) if self.planner.doses else []
-        loud = level in _LOUD
-        record: dict[str, Any] = {}
-        if loud or self.diagnosis.open:
-            opened, closed = self.diagnosis.diagnose(findings, values, self._checks, number)
-            record = {"opened": opened, "closed": closed} if opened or closed else {}
-            for incident in opened:
-                self._log.warning("step %s: %s", number, briefing.headline(incident, self._book))
+        outcomes = self._read_back(number)
+        record = self._diagnose(findings, seen) if level in _LOUD or self.diagnosis.open else {}
         incidents = tuple(self.diagnosis.open.values())
         proven, gone = self.ledger.tick(healthy=self.planner.healthy(findings))
         orders, effects = self.planner.plan(findings, values, self.ledger)
+        orders, declined = self.approvals.sift(orders, findings, number)
         if record or orders or effects or proven or gone or level != self._level:
             record |= {"orders": orders, "effects": effects, "proven": proven, "gone": gone}
             self._journal.append({"kind": "decision", "step": number, "level": level, **record})
@@ -126,8 +124,8 @@ class Judge:
             hints = self._first_time(findings)
             self.note(number, hints, level=logging.INFO)
         self._level = level
-        if orders:
-            outcomes += self._carry_out(orders, seen, findings)
+        if orders or declined:
+            outcomes += self._carry_out(orders, declined, seen, findings)
         if self._ticks == 1 or self._ticks % _BLIND_EVERY == 0:
             self.note_blind(number)
         if notices:
@@ -136,6 +134,13 @@ class Judge:
         back = _restored(outcomes) if outcomes else None
         halt = bool(self.planner.halted)
         return Verdict(number, level, incidents, tuple(outcomes), halt, back, findings, (*notices, *hints))
+
+    def _diagnose(self, findings: Sequence[Finding], seen: Step) -> dict[str, Any]:
+        """Bring the incidents up to date; return what of it goes into the journal."""
+        opened, closed = self.diagnosis.diagnose(findings, seen.values, self._checks, seen.number)
+        for incident in opened:
+            self._log.warning("step %s: %s", seen.number, briefing.headline(incident, self._book))
+        return {"opened": opened, "closed": closed} if opened or closed else {}
 
     def checkpoint(self, step: int) -> Outcome:
         """Take a checkpoint because the loop asks for it."""
@@ -195,6 +200,7 @@ class Judge:
             "checks": [list(c) for c in self._checks],
             "said_checks": sorted(self._said_checks),
             "said_notices": sorted(self._said_notices),
+            "approvals": self.approvals.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,10 +213,18 @@ class Judge:
         self._ticks, self._level = state["ticks"], state["level"]
         self._checks = [Check(*c) for c in state["checks"]]
         self._said_checks, self._said_notices = set(state["said_checks"]), set(state["said_notices"])
+        self.approvals.load_state_dict(state["approvals"])
 
-    def _carry_out(self, orders: Sequence[Order], seen: Step, findings: Sequence[Finding]) -> list[Outcome]:
+    def _carry_out(
+        self, orders: Sequence[Order], declined: Sequence[Order], seen: Step, findings: Sequence[Finding]
+    ) -> list[Outcome]:
         """Execute, learn from the outcomes, and execute what follows from them."""
-        done: list[Outcome] = []
+        refused = [
+            Outcome(seen.number, o.action, None, o.target, o.rule, o.reason, held_back=DECLINED) for o in declined
+        ]
+        self._learn(refused)
+        self.planner.settle(declined, refused, findings, seen.values)
+        done: list[Outcome] = list(refused)
         interrupted: BaseException | None = None
         while orders:
             outcomes, interrupted = self._execute(orders, seen.number, interrupted)
@@ -247,9 +261,9 @@ class Judge:
             self._journal.append({"kind": "outcome", **outcome.as_json()})
             quiet = outcome.ok and outcome.action == "checkpoint_now"
             self._log.log(logging.DEBUG if quiet else logging.WARNING, "%s", briefing.sentence(outcome))
-            if outcome.action == "checkpoint_now" and outcome.ok:
+            if outcome.action == "checkpoint_now" and outcome.ok and not outcome.held_back:
                 self.ledger.add(outcome.detail, outcome.step, self.findings.state_dict())
-            elif outcome.action == "rollback" and outcome.ok and outcome.after is not None:
+            elif outcome.action == "rollback" and outcome.ok and not outcome.held_back and outcome.after is not None:
                 self._rolled_back(outcome.detail, int(outcome.after))
 
     def _rolled_back(self, checkpoint: str, step: int) -> None:
@@ -262,7 +276,8 @@ class Judge:
         self.intake.rewind(step)
 
     def _read_back(self, number: int) -> list[Outcome]:
-        outcomes = self._actuator.check({name: dose.rule for name, dose in self.planner.doses.items()}, number)
+        doses = self.planner.doses
+        outcomes = self._actuator.check({name: dose.rule for name, dose in doses.items()} if doses else {}, number)
         for outcome in outcomes:
             self._journal.append({"kind": "held", **outcome.as_json()})
             self._log.warning("%s", briefing.sentence(outcome))
@@ -271,4 +286,5 @@ class Judge:
 
 def _restored(outcomes: Sequence[Outcome]) -> int | None:
     """Return the step that was rolled back to, or None."""
-    return next((int(o.after) for o in outcomes if o.action == "rollback" and o.ok and o.after is not None), None)
+    done = (o for o in outcomes if o.action == "rollback" and o.ok and not o.held_back)
+    return next((int(o.after) for o in done if o.after is not None), None)

@@ -28,6 +28,8 @@ class Finding(NamedTuple):
         limit: the limit that it was held against.
         note: what the numbers do not say.
         inhibited_by: the firing rule that explains this one, or "".
+        age: how long ago the trouble began, as far as the detector can tell [observations].
+        alone: whether nothing corroborates it where something must: it then asks for nothing.
     """
 
     rule: str
@@ -41,6 +43,8 @@ class Finding(NamedTuple):
     limit: float | None
     note: str = ""
     inhibited_by: str = ""
+    age: int = 0
+    alone: bool = False
 
 
 class Watch:
@@ -48,6 +52,7 @@ class Watch:
 
     __slots__ = (
         "active",
+        "age",
         "below",
         "detector",
         "finding",
@@ -79,6 +84,7 @@ class Watch:
         self.loud = False  # firing above a notice
         self.settled = False  # a notice that simply goes on
         self.since: int | None = None
+        self.age = 0  # observations since it began to hold, or since the detector says that it began
         self.finding: Finding | None = None
         self.missing = 0  # consecutive observations without what it needs
         self.seen = False
@@ -119,7 +125,8 @@ class Watch:
         while self.held and self.below[self.held - 1] >= rule.keep_firing_for:
             self.held -= 1
         if reading.rank and self.since is None:
-            self.since = step
+            self.since, self.age = step, 0
+        self.age = max(self.age + 1, reading.back) if self.active else reading.back
         self.active = self.held > 0 or reading.rank > 0
         if not self.active:
             self.since = None
@@ -131,12 +138,12 @@ class Watch:
         old, severity = self.finding, self.ladder[self.held - 1].severity
         since = step if self.since is None else self.since
         if not reading.rank and old is not None:  # still firing, on its way out
-            return old._replace(rank=self.held, severity=severity, value=reading.value)
+            return old._replace(rank=self.held, severity=severity, value=reading.value, age=self.age)
         worst = reading.value
         if old is not None and not abs(worst) > abs(old.worst) and worst == worst:  # noqa: PLR0124 - NaN is worst
             worst = old.worst
         return Finding(self.rule_id, severity, self.held, since, step, reading.metric, reading.value, worst,
-                       reading.limit, reading.note)  # fmt: skip
+                       reading.limit, reading.note, age=self.age)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON-able values."""
@@ -144,12 +151,13 @@ class Watch:
             "over": list(self.over), "below": list(self.below), "held": self.held, "active": self.active,
             "since": self.since, "finding": None if self.finding is None else list(self.finding),
             "missing": self.missing, "seen": self.seen, "settled": self.settled, "detector": self.detector.state_dict(),
+            "age": self.age,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.over, self.below, self.held = list(state["over"]), list(state["below"]), state["held"]
-        self.active, self.since = state["active"], state["since"]
+        self.active, self.since, self.age = state["active"], state["since"], state["age"]
         self.missing, self.seen, self.settled = state["missing"], state["seen"], state["settled"]
         self.finding = None if state["finding"] is None else Finding(*state["finding"])
         self.loud = self.finding is not None and self.finding.severity != "notice"

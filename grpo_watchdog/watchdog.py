@@ -13,12 +13,13 @@ from typing import Any, Self, get_args
 from grpo_watchdog import briefing, journal
 from grpo_watchdog.actions import Order, Outcome
 from grpo_watchdog.actuation import Actuation
+from grpo_watchdog.approval import Asker, Desk
 from grpo_watchdog.checkpoints import Vault
-from grpo_watchdog.controls import Controls, NoControls
+from grpo_watchdog.controls import Controls, DialKnob, NoControls, Veto
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.findings import Blind
 from grpo_watchdog.metrics import Intake, RatioTo, Step
-from grpo_watchdog.rulebook import Rulebook, load
+from grpo_watchdog.rulebook import Policy, Rulebook, load
 from grpo_watchdog.verdict import Judge, Verdict
 
 _log = logging.getLogger("grpo_watchdog")
@@ -38,8 +39,10 @@ class Watchdog:
             that were in force are put back on top; `resumed_from` is then its step (None where there was none), and the
             loop goes on from `resumed_from` + 1.
         listeners: called after every observation with the step and the verdict.
-        **policy: any field of the rulebook's policy: on_divergence, checkpoint_every, probation, recover_after,
-            rollback_budget, targets ...
+        approve: in the mode "approve", asked before anything is done: given the question (a dict of number, step,
+            within and orders), it returns True, False, or None for not yet. Files in run_dir/approve do the same.
+        **policy: any field of the rulebook's policy: mode ("act", "shadow", "approve"), shadow, on_divergence,
+            checkpoint_every, probation, recover_after, rollback_budget, targets ...
 
     Raises:
         ConfigurationError: an option is unknown or out of range, or run_dir already holds a run.
@@ -56,27 +59,34 @@ class Watchdog:
         dims: int | None = None,
         resume: bool = False,
         listeners: Sequence[Listener] = (),
+        approve: Asker | None = None,
         **policy: Any,
     ) -> None:
         """Read the rulebook, look at the model, write the journal's first entry."""
-        if ratio_to not in get_args(RatioTo):
-            raise ConfigurationError(f"ratio_to is {ratio_to!r}; allowed: reference, old")
-        if dims is not None and (type(dims) is not int or dims < 1):
-            raise ConfigurationError(f"dims is {dims!r}; allowed: a whole number above 0")
+        _refuse_nonsense(ratio_to, dims, run_dir)
         self.book = (rules if isinstance(rules, Rulebook) else load(rules)).with_policy(policy)
-        if run_dir is not None and not isinstance(run_dir, str | Path):
-            raise ConfigurationError(f"run_dir is {run_dir!r}; allowed: a path, or None")
+        if resume and self.book.policy.mode == "shadow":
+            raise ConfigurationError("mode is shadow, which touches nothing: it cannot restore a run that is resumed")
         self.run_dir = None if run_dir is None else Path(run_dir)
         earlier = earlier_session(self.run_dir, resume=resume)
         controls = NoControls() if controls is None else controls
         vault = None if self.run_dir is None else Vault(self.run_dir / "checkpoints")
-        self._actuator = Actuation(controls, vault, self._memory)
+        manner = self.book.policy
+        self._actuator = Actuation(
+            controls,
+            vault,
+            self._memory,
+            desk=Desk(self.run_dir, approve),
+            shadow=manner.shadow,
+            shadow_all=manner.mode == "shadow",
+        )
         try:
             self._journal = journal.Journal(self.run_dir)
         except OSError as error:
             raise ConfigurationError(f"run_dir {self.run_dir} cannot be written: {error.strerror}") from error
         bases = {name: knob.base() for name, knob in controls.knobs.items()}
         restorable = vault is not None and controls.restorable
+        controls.arm(_veto(self.book.policy))
         intake = Intake(ratio_to, dims)
         self._judge = Judge(self.book, self._actuator, self._journal, intake=intake, bases=bases, restorable=restorable)
         self._listeners = list(listeners)
@@ -228,6 +238,7 @@ class Watchdog:
         Raises:
             ConfigurationError: no checkpoint can be restored into these objects.
         """
+        owns = {name: knob.own() for name, knob in self._actuator.knobs.items()}
         newest = tuple(c.id for c in self._judge.ledger.choices())
         orders = [Order("rollback", None, "resume", "the run was resumed", checkpoints=newest)] if newest else []
         step = -1 if self.resumed_from is None else self.resumed_from
@@ -239,6 +250,26 @@ class Watchdog:
                 if not outcome.ok:
                     raise ConfigurationError(f"the run cannot be resumed: {outcome.detail}")
                 self.resumed_from = None if outcome.after is None else int(outcome.after)
+                for name, knob in self._actuator.knobs.items():  # settings are those that the run was started with now
+                    if isinstance(knob, DialKnob):
+                        knob.put_back(owns[name])
+
+
+def _refuse_nonsense(ratio_to: object, dims: object, run_dir: object) -> None:
+    if ratio_to not in get_args(RatioTo):
+        raise ConfigurationError(f"ratio_to is {ratio_to!r}; allowed: reference, old")
+    if dims is not None and (type(dims) is not int or dims < 1):
+        raise ConfigurationError(f"dims is {dims!r}; allowed: a whole number above 0")
+    if run_dir is not None and not isinstance(run_dir, str | Path):
+        raise ConfigurationError(f"run_dir is {run_dir!r}; allowed: a path, or None")
+
+
+def _veto(policy: Policy) -> Veto | None:
+    """Return which optimizer steps are to be vetoed; in shadow they are only counted."""
+    if policy.veto is None:
+        return None
+    dry = policy.mode == "shadow" or "veto" in policy.shadow
+    return Veto(policy.veto.factor, policy.veto.most_in_a_row, dry)
 
 
 def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpo_watchdog as gw
-from grpo_watchdog.controls import DialKnob
+from grpo_watchdog.controls import DialKnob, Veto
 
 KNOBS = ("learning_rate", "kl_coef", "clip_epsilon")
 
@@ -37,7 +37,7 @@ class FakeControls:
     def save(self, folder: Path) -> None:
         (folder / "state.json").write_text(json.dumps(self.weight))
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, *, replay_data: bool = True) -> None:  # noqa: ARG002 - there is no data
         self.weight = json.loads((folder / "state.json").read_text())
 
     def inspect(self) -> list[gw.Check]:
@@ -45,3 +45,15 @@ class FakeControls:
 
     def measure(self) -> dict[str, float]:
         return {}
+
+    def signals(self) -> dict[str, float]:
+        return {}
+
+    def arm(self, veto: Veto | None) -> None:
+        pass
+
+    def vetoed(self) -> list[str]:
+        return []
+
+    def pause(self, *, on: bool) -> None:
+        pass

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo_watchdog.controls import Check, DialKnob, Knob, item
+from grpo_watchdog.controls import Check, DialKnob, Knob, Veto, item
 from grpo_watchdog.errors import CheckpointError
 
 HEALTHY = {"log_ratio": 0.1, "mean_ratio": 1.2, "loss": 0.1, "std_reward": 0.2, "mean_reward": 0.5}
@@ -20,6 +20,11 @@ class FakeControls:
         weights: the whole training state.
         fail: names of methods that raise.
         checks: what the look at the model finds.
+        taken: what `signals` returns.
+        armed: the vetoes last asked for.
+        sentences: what `vetoed` tells next.
+        replayed: for each restore, whether the data was to come again.
+        paused: whether the optimizer's steps are skipped.
     """
 
     def __init__(self, *, restorable: bool = True, without: tuple[str, ...] = (), learning_rate: float = 1e-5) -> None:
@@ -27,6 +32,11 @@ class FakeControls:
         self.weights = 0.0
         self.fail: set[str] = set()
         self.checks: list[Check] = []
+        self.taken: dict[str, float] = {}
+        self.armed: Veto | None = None
+        self.sentences: list[str] = []
+        self.replayed: list[bool] = []
+        self.paused = False
         self.restorable = restorable
         self.knobs: dict[str, Knob] = {
             name: DialKnob(item(self.settings, name), "max" if name == "kl_coef" else "min")
@@ -39,9 +49,10 @@ class FakeControls:
             raise CheckpointError("the fake cannot save")
         (folder / "weights.json").write_text(json.dumps(self.weights))
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, *, replay_data: bool = True) -> None:
         if "restore" in self.fail:
             raise CheckpointError("the fake cannot restore")
+        self.replayed.append(replay_data)
         self.weights = json.loads((folder / "weights.json").read_text())
 
     def inspect(self) -> list[Check]:
@@ -51,3 +62,22 @@ class FakeControls:
 
     def measure(self) -> dict[str, float]:
         return {}
+
+    def signals(self) -> dict[str, float]:
+        if "signals" in self.fail:
+            raise RuntimeError("the fake has no signals")
+        return dict(self.taken)
+
+    def arm(self, veto: Veto | None) -> None:
+        if "arm" in self.fail:
+            raise RuntimeError("the fake cannot be armed")
+        self.armed = veto
+
+    def vetoed(self) -> list[str]:
+        if "vetoed" in self.fail:
+            raise RuntimeError("the fake cannot tell")
+        told, self.sentences = self.sentences, []
+        return told
+
+    def pause(self, *, on: bool) -> None:
+        self.paused = on

@@ -468,7 +468,7 @@ def test_any_state_comes_back_exactly(state: Any, tmp_path_factory: pytest.TempP
 def sorted_sets(value: Any) -> Any:  # noqa: ANN401
     """Return the value with sets and deques as lists: they have no order, and no index."""
     if isinstance(value, set | frozenset):
-        return [type(value).__name__, *sorted(map(repr, value))]
+        return [type(value).__name__, *sorted(repr(sorted_sets(item)) for item in value)]
     if isinstance(value, deque):
         return ["deque", *map(sorted_sets, value)]
     if isinstance(value, list | tuple):

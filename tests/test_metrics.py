@@ -315,7 +315,7 @@ def test_the_table_says_what_each_name_means(metric: gw.Metric) -> None:
     assert metric.unit
     assert metric.reduction
     assert metric.formula
-    assert metric.source in ("document", "field")
+    assert metric.source in ("document", "field", "watchdog")
     assert metric.normal is None or metric.normal[0] < metric.normal[1]
     assert ("ratio" in metric.formula or not metric.pair) or "log" in metric.formula or metric.pair
 

@@ -497,7 +497,7 @@ def test_a_checkpoint_holds_the_users_settings_and_never_our_doses(tmp_path: Pat
         def save(self, folder: Path) -> None:
             (folder / "settings.json").write_text(json.dumps(self.settings))
 
-        def restore(self, folder: Path) -> None:
+        def restore(self, folder: Path, *, replay_data: bool = True) -> None:  # noqa: ARG002
             self.settings.update(json.loads((folder / "settings.json").read_text()))
 
     dog, controls = started(tmp_path, WithSettings(), recover_after=60)

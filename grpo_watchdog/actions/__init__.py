@@ -5,10 +5,13 @@ from __future__ import annotations
 from grpo_watchdog.actions import (
     checkpoint,
     clip_epsilon,
+    escalate,
     grad_norm,
     halt,
     kl_coef,
     learning_rate,
+    pause,
+    probation,
     rollback,
 )
 from grpo_watchdog.actions.action import Action, Hands, KnobAction, Order, Outcome
@@ -21,8 +24,11 @@ ACTIONS: dict[str, Action] = {
         kl_coef.ACTION,
         clip_epsilon.ACTION,
         grad_norm.ACTION,
+        pause.ACTION,
         checkpoint.NOW,
         checkpoint.MORE_OFTEN,
+        probation.ACTION,
+        escalate.ACTION,
         halt.ACTION,
     )
 }
@@ -33,4 +39,7 @@ KNOB_ACTIONS: dict[str, KnobAction] = {
     name: action for name, action in ACTIONS.items() if isinstance(action, KnobAction)
 }
 
-__all__ = ["ACTIONS", "KNOB_ACTIONS", "Action", "Hands", "KnobAction", "Order", "Outcome"]
+WATCHFUL = frozenset({"checkpoint_now", "checkpoint_more_often", "shorten_probation"})
+"""Actions that touch nothing in the run: a rule that asks for no other is no reason to call the run unhealthy."""
+
+__all__ = ["ACTIONS", "KNOB_ACTIONS", "WATCHFUL", "Action", "Hands", "KnobAction", "Order", "Outcome"]

@@ -19,6 +19,9 @@ class Order(NamedTuple):
         reason: why, in one sentence.
         release: whether the knob is let go instead of held.
         checkpoints: for a rollback, the ids it may go to, best first.
+        replay_data: for a rollback, whether the data and the random state come back too.
+        rung: which rung of the ladder it belongs to; -1 for none.
+        loosens: whether the limit is let up a step: it is held, more loosely than before.
     """
 
     action: str
@@ -27,6 +30,9 @@ class Order(NamedTuple):
     reason: str
     release: bool = False
     checkpoints: tuple[str, ...] = ()
+    replay_data: bool = True
+    rung: int = -1
+    loosens: bool = False
 
 
 class Outcome(NamedTuple):
@@ -41,6 +47,7 @@ class Outcome(NamedTuple):
         reason: why, in one sentence.
         ok: whether it was done.
         detail: what the numbers do not say: why it failed, what a checkpoint's id is.
+        held_back: "" where it was carried out; else why nothing was touched: "shadow", or "declined".
     """
 
     step: int
@@ -51,6 +58,7 @@ class Outcome(NamedTuple):
     reason: str
     ok: bool = True
     detail: str = ""
+    held_back: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return the frozen JSON form."""
@@ -68,6 +76,10 @@ class Hands(Protocol):
 
     def roll_back(self, order: Order, step: int) -> Outcome:
         """Restore the newest proven checkpoint that verifies."""
+        ...
+
+    def pause(self, *, on: bool) -> None:
+        """Skip every optimizer step from now on, or none any more."""
         ...
 
 
@@ -114,7 +126,7 @@ class KnobAction:
 
     def act(self, order: Order, hands: Hands, step: int) -> Outcome:
         """Hold or release the knob and read it back."""
-        name = self.release_name if order.release else self.name
+        name = self.release_name if order.release or order.loosens else self.name
         knob = hands.knobs.get(self.knob)
         if knob is None:
             detail = f"there is no {self.knob} knob on this trainer"

@@ -10,7 +10,23 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from grpo_watchdog.detectors import band, collapse, near, nonfinite, outside, saturation, weight
+from grpo_watchdog.detectors import (
+    band,
+    collapse,
+    drift,
+    fall,
+    flat,
+    identity,
+    jointly,
+    moved,
+    near,
+    nonfinite,
+    outside,
+    saturation,
+    surge,
+    trend,
+    weight,
+)
 from grpo_watchdog.detectors.detector import Detector, Reading
 from grpo_watchdog.rule import Rule
 
@@ -21,7 +37,15 @@ AnyRule = Annotated[
     | nonfinite.NonfiniteRule
     | collapse.CollapseRule
     | saturation.SaturationRule
-    | weight.WeightRule,
+    | weight.WeightRule
+    | surge.SurgeRule
+    | moved.MovedRule
+    | jointly.JointlyRule
+    | fall.FallRule
+    | flat.FlatRule
+    | identity.IdentityRule
+    | trend.TrendRule
+    | drift.DriftRule,
     Field(discriminator="kind"),
 ]
 
@@ -33,6 +57,14 @@ KINDS: dict[str, Callable[[Any], Detector]] = {
     "collapse": collapse.CollapseDetector,
     "saturation": saturation.SaturationDetector,
     "loss_weight": weight.WeightDetector,
+    "surge": surge.SurgeDetector,
+    "moved": moved.MovedDetector,
+    "jointly": jointly.JointlyDetector,
+    "fall": fall.FallDetector,
+    "flat": flat.FlatDetector,
+    "loss_identity": identity.IdentityDetector,
+    "trend": trend.TrendDetector,
+    "drift": drift.DriftDetector,
 }
 
 

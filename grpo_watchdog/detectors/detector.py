@@ -16,6 +16,7 @@ class Reading(NamedTuple):
         value: its value.
         limit: the limit that it was held against, or None where there is no single one.
         note: what the numbers do not say, in English; "" where they say it all.
+        back: how long before this step the trouble began, as far as the detector can tell [observations].
     """
 
     rank: int
@@ -24,6 +25,7 @@ class Reading(NamedTuple):
     value: float
     limit: float | None
     note: str = ""
+    back: int = 0
 
 
 CALM = Reading(0, 0, "", 0.0, None)

@@ -143,11 +143,11 @@ class ModelChecks:
 
 def _samples(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return copies of some elements of each tensor, scaled such that their norm estimates that of the tensor."""
-    picked = [(_sample(t), t.numel()) for t in tensors if t.numel()]
+    picked = [(sample(t), t.numel()) for t in tensors if t.numel()]
     return [sample * (size / sample.numel()) ** 0.5 for sample, size in picked]
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of up to SAMPLE evenly spaced elements, as float32 where they are narrower."""
     stride = -(-tensor.numel() // SAMPLE)
     while stride > 1 and math.gcd(stride, tensor.shape[-1]) > 1:  # or all of them may lie in a few columns
@@ -180,7 +180,7 @@ def _fingerprint(module: torch.nn.Module | None) -> list[torch.Tensor]:
     """Return some elements and the norm of each tensor: a norm alone misses a small step across it."""
     marks = []
     for tensor in (p.detach() for p in (module.parameters() if module else ()) if p.numel()):
-        marks.append(_sample(tensor).nan_to_num())
+        marks.append(sample(tensor).nan_to_num())
         if tensor.is_floating_point() and tensor.element_size() > 1:
             marks.append(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)).nan_to_num())
     return marks

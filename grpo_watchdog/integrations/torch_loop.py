@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from grpo_watchdog.controls import Check, DialKnob, Knob, dial
+from grpo_watchdog.controls import Check, DialKnob, Knob, Veto, dial
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.integrations.torch_checks import ModelChecks
 from grpo_watchdog.integrations.torch_finite import FiniteCheck
 from grpo_watchdog.integrations.torch_lr import LearningRateCeiling
-from grpo_watchdog.integrations.torch_state import TrainingState, part
+from grpo_watchdog.integrations.torch_state import KNOBS, Part, TrainingState, part
+from grpo_watchdog.integrations.torch_tripwires import Tripwires
+from grpo_watchdog.integrations.torch_veto import GradientVeto
 
 
 class TorchControls:
@@ -27,7 +29,9 @@ class TorchControls:
         reference: the frozen reference policy, or None.
         knobs: kl_coef, clip_epsilon, grad_norm_limit: each a dial or None.
         state: further things with state, by name.
+        data: what decides which data comes next, by name; a restore may leave it where it is.
         check_every: optimizer steps between measurements of the weights.
+        tripwires: watch on every optimizer step that nothing else writes the weights, the moments or the reference.
 
     Raises:
         ConfigurationError: something handed over is not what it should be; says what and what is allowed.
@@ -35,7 +39,7 @@ class TorchControls:
 
     restorable = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword for each thing that a loop can hand over
         self,
         *,
         model: torch.nn.Module,
@@ -45,7 +49,9 @@ class TorchControls:
         reference: torch.nn.Module | None = None,
         knobs: Mapping[str, Any] | None = None,
         state: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
         check_every: int = 50,
+        tripwires: bool = False,
     ) -> None:
         """Check what was handed over, and hook onto the optimizer."""
         if not isinstance(model, torch.nn.Module):
@@ -54,31 +60,28 @@ class TorchControls:
             raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if reference is not None and not isinstance(reference, torch.nn.Module):
             raise ConfigurationError(f"reference must be a torch.nn.Module, not {type(reference).__name__}")
-        if state is not None and not isinstance(state, Mapping):
-            raise ConfigurationError(f"state must be a dict of name to object, not {type(state).__name__}")
-        schedulers = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
-        named = {f"scheduler{i or ''}": s for i, s in enumerate(schedulers) if s is not None}
-        extra = dict(state or {})
-        if scaler is not None:
-            named["scaler"] = scaler
-        clash = [name for name in extra if name in {"model", "optimizer", *named} or name.startswith("rng.")]
-        if clash:
-            raise ConfigurationError(f"state: the name {clash[0]!r} is taken; call it otherwise")
-        parts = [part(name, owner) for name, owner in {**named, **extra}.items()]
+        lasting, passing = _parts(scheduler, scaler, state, data)
         turned = {name: dial(spec, name) for name, spec in (knobs or {}).items() if spec is not None}
         finite = FiniteCheck(model, optimizer)
-        self._state = TrainingState(model, optimizer, parts, finite)
+        own = {name: DialKnob(spec, "max" if name == "kl_coef" else "min") for name, spec in turned.items()}
+        if own:  # after all others: these may be places in one of them
+            lasting.append(_settings(own))
+        self._state = TrainingState(model, optimizer, lasting, finite, passing)
         self._checks = ModelChecks(model, optimizer, reference, finite, check_every)
+        self._veto = GradientVeto(optimizer)
+        self._tripwires = Tripwires(optimizer, reference) if tripwires else None
         self.knobs: dict[str, Knob] = {}
         self._ceiling = LearningRateCeiling(optimizer) if LearningRateCeiling.fits(optimizer) else None
         if self._ceiling is not None:
             self.knobs["learning_rate"] = self._ceiling
-        for name, spec in turned.items():
-            self.knobs[name] = DialKnob(spec, "max" if name == "kl_coef" else "min")
+        self.knobs |= own
 
     def detach(self) -> None:
         """Take every hook off the optimizer."""
         self._checks.detach()
+        self._veto.detach()
+        if self._tripwires is not None:
+            self._tripwires.detach()
         if self._ceiling is not None:
             self._ceiling.detach()
 
@@ -86,9 +89,14 @@ class TorchControls:
         """Write the whole training state."""
         self._state.save(folder)
 
-    def restore(self, folder: Path) -> None:
-        """Restore everything or nothing."""
-        self._state.restore(folder)
+    def restore(self, folder: Path, *, replay_data: bool = True) -> None:
+        """Restore everything or nothing; without `replay_data` all but the data and the random number generators."""
+        try:
+            self._state.restore(folder, replay_data=replay_data)
+        finally:
+            if self._tripwires is not None:
+                self._tripwires.rearm()
+        self._veto.rewound()
 
     def inspect(self) -> list[Check]:
         """Look at the reference, the trainable set, the weights and the optimizer state."""
@@ -97,3 +105,54 @@ class TorchControls:
     def measure(self) -> dict[str, float]:
         """Return param_change and param_drift."""
         return self._checks.measure()
+
+    def signals(self) -> dict[str, float]:
+        """Return what the tripwires and the veto saw since the last call."""
+        return {**({} if self._tripwires is None else self._tripwires.signals()), **self._veto.signals()}
+
+    def arm(self, veto: Veto | None) -> None:
+        """Veto poisoned optimizer steps from now on; None vetoes none."""
+        self._veto.arm(veto)
+
+    def vetoed(self) -> list[str]:
+        """Return a sentence for each step vetoed since the last call."""
+        return self._veto.vetoed()
+
+    def pause(self, *, on: bool) -> None:
+        """Skip every optimizer step from now on, or none any more."""
+        self._veto.pause(on=on)
+
+
+def _parts(
+    scheduler: Any,  # noqa: ANN401
+    scaler: Any,  # noqa: ANN401
+    state: Mapping[str, Any] | None,
+    data: Mapping[str, Any] | None,
+) -> tuple[list[Part], list[Part]]:
+    """Return the parts that every restore puts back, and those that one may leave where they are."""
+    for what, given in (("state", state), ("data", data)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigurationError(f"{what} must be a dict of name to object, not {type(given).__name__}")
+    schedulers = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
+    named = {f"scheduler{i or ''}": s for i, s in enumerate(schedulers) if s is not None}
+    if scaler is not None:
+        named["scaler"] = scaler
+    taken = {"model", "optimizer", KNOBS, *named}
+    for what, given in (("state", state), ("data", data)):
+        clash = [name for name in given or {} if name in taken or name.startswith("rng.")]
+        if clash:
+            raise ConfigurationError(f"{what}: the name {clash[0]!r} is taken; call it otherwise")
+        taken |= set(given or {})
+    lasting = [part(name, owner) for name, owner in {**named, **(state or {})}.items()]
+    return lasting, [part(name, owner) for name, owner in (data or {}).items()]
+
+
+def _settings(knobs: Mapping[str, DialKnob]) -> Part:
+    """Return the part for the user's own values of the knobs, never our doses."""
+
+    def put(values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name in knobs:  # one more or less than when the checkpoint was taken
+                knobs[name].put_back(value)
+
+    return Part(KNOBS, lambda: {name: knob.own() for name, knob in knobs.items()}, put)

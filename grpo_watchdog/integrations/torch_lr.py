@@ -72,6 +72,10 @@ class LearningRateCeiling:
             rates = [min(self._limit(index), rate) for index, rate in enumerate(rates)]
         return max(rates)
 
+    def own(self) -> float:
+        """Return the largest rate that the schedule asks for, whatever the ceiling."""
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
     def base(self) -> float:
         """Return the largest rate at attach: what its scheduler starts from or goes up to, where there is one."""
         return self._largest

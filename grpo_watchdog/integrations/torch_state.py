@@ -14,7 +14,7 @@ from grpo_watchdog.errors import CheckpointError, ConfigurationError
 from grpo_watchdog.integrations.torch_codec import decode, each, encode
 from grpo_watchdog.integrations.torch_finite import FiniteCheck
 
-_REST, _CUDA = "training.pt", "rng.cuda"
+_REST, _CUDA, KNOBS = "training.pt", "rng.cuda", "knobs"
 
 
 class Part(NamedTuple):
@@ -77,10 +77,16 @@ class TrainingState:
         optimizer: so does its state.
         parts: scheduler, scaler and whatever else; restored in this order.
         finite: decides whether a state is worth keeping.
+        data: what decides which data comes next, besides the global random number generators.
     """
 
     def __init__(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, parts: Iterable[Part], finite: FiniteCheck
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parts: Iterable[Part],
+        finite: FiniteCheck,
+        data: Iterable[Part] = (),
     ) -> None:
         """Keep references; copy nothing."""
         self._model, self._optimizer, self._finite = model, optimizer, finite
@@ -88,7 +94,9 @@ class TrainingState:
             Part("model", model.state_dict, lambda state: model.load_state_dict(state, strict=True)),
             Part("optimizer", optimizer.state_dict, optimizer.load_state_dict),
         ]
-        self._parts = [*parts, *_generators()]
+        lasting, passing = list(parts), [*data, *_generators()]
+        self._parts = [*lasting, *passing]
+        self._passing = {p.name for p in passing}  # what a restore may leave where it is
 
     def save(self, folder: Path) -> None:
         """Write everything into a folder.
@@ -103,8 +111,12 @@ class TrainingState:
             _write(_read(p), folder / f"{p.name}.pt")
         _write({p.name: _read(p) for p in self._parts}, folder / _REST)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, *, replay_data: bool = True) -> None:
         """Put everything back, and drop the gradients that the sick model left.
+
+        Args:
+            folder: what `save` wrote.
+            replay_data: False leaves the data and the global random number generators where they are now.
 
         Raises:
             CheckpointError: the files do not fit this training, or a part refused its state; everything is as it was.
@@ -117,13 +129,14 @@ class TrainingState:
             wanted = {name: decode(state) for name, state in wanted.items()}
         except Exception as error:
             raise CheckpointError(f"{folder.name} cannot be used: {_told(error)}") from error
+        parts = [p for p in self._parts if p.name in wanted and (replay_data or p.name not in self._passing)]
         before = {p.name: _copied(_read(p), "cpu") for p in self._heavy}
-        before |= {p.name: _copied(_read(p), None) for p in self._parts}
+        before |= {p.name: _copied(_read(p), None) for p in parts}
         gradients = [(p, p.grad) for p in self._parameters()]
         for parameter, _ in gradients:
             parameter.grad = None
         try:
-            for p in (*self._heavy, *self._parts):
+            for p in (*self._heavy, *parts):
                 _put(p, wanted[p.name])
         except BaseException as error:
             lost = self._undo(before, gradients)
@@ -133,7 +146,7 @@ class TrainingState:
 
     def _undo(self, before: Mapping[str, Any], gradients: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> str:
         lost = []
-        for p in (*self._heavy, *self._parts):
+        for p in (p for p in (*self._heavy, *self._parts) if p.name in before):
             try:
                 _put(p, decode(before[p.name]))
             except Exception as error:  # noqa: BLE001 - the others are put back all the same
@@ -150,6 +163,7 @@ class TrainingState:
         """Raise unless the checkpoint is of this training: the same parts, weights, shapes and types."""
         one_sided = {p.name for p in (*self._heavy, *self._parts)} ^ set(wanted)
         one_sided -= {_CUDA} if _CUDA in wanted else set()  # taken on a machine with a GPU, resumed on one without
+        one_sided -= {KNOBS}  # an earlier version kept none
         live, there = encode(self._model.state_dict(), "model"), wanted["model"]
         one_sided |= set(live) ^ set(there)
         if one_sided:

@@ -33,7 +33,7 @@ class Played(NamedTuple):
     halted: str
 
 
-def main(*, seed: int, run_dir: Path | None, as_json: bool, steps: int) -> dict[str, Any]:
+def main(*, seed: int, run_dir: Path | None, as_json: bool, steps: int, rules: str = "guarded") -> dict[str, Any]:
     """Run the demo and print it; return what `--json` prints.
 
     Args:
@@ -41,6 +41,7 @@ def main(*, seed: int, run_dir: Path | None, as_json: bool, steps: int) -> dict[
         run_dir: the parent of the three run folders; None takes the first free runs/demo, runs/demo-2 ...
         as_json: print one JSON object and nothing else.
         steps: training steps of each run [steps].
+        rules: the rulebook that watches all three runs, and acts in the last.
 
     Raises:
         ConfigurationError: run_dir already holds a demo.
@@ -49,9 +50,9 @@ def main(*, seed: int, run_dir: Path | None, as_json: bool, steps: int) -> dict[
     folder = _free() if run_dir is None else run_dir
     show = _Screen(3 * steps, quiet=as_json)
     started = time.perf_counter()
-    healthy = _play(folder / "healthy", seed, steps, show, sick=False, act=False)
-    unwatched = _play(folder / "unwatched", seed, steps, show, sick=True, act=False)
-    watched = _play(folder / "watched", seed, steps, show, sick=True, act=True)
+    healthy = _play(folder / "healthy", seed, steps, show, rules, sick=False, act=False)
+    unwatched = _play(folder / "unwatched", seed, steps, show, rules, sick=True, act=False)
+    watched = _play(folder / "watched", seed, steps, show, rules, sick=True, act=True)
     show.done()
     for name in ("healthy", "unwatched", "watched"):
         (folder / name / "report.md").write_text(gw.report(folder / name, "markdown"), encoding="utf-8")
@@ -69,10 +70,10 @@ def main(*, seed: int, run_dir: Path | None, as_json: bool, steps: int) -> dict[
     return result
 
 
-def _play(folder: Path, seed: int, steps: int, show: _Screen, *, sick: bool, act: bool) -> Played:
+def _play(folder: Path, seed: int, steps: int, show: _Screen, rules: str, *, sick: bool, act: bool) -> Played:
     training = DenoiseTraining(seed=seed)
     actions: list[gw.Outcome] = []
-    with _quiet(), _attached(training, folder, act=act) as dog:
+    with _quiet(), _attached(training, folder, rules, act=act) as dog:
         for step in range(steps):
             if sick and step == int(SICK_AT * steps):
                 training.make_sick(LR_FACTOR)
@@ -91,9 +92,9 @@ def _play(folder: Path, seed: int, steps: int, show: _Screen, *, sick: bool, act
     return Played(training.true_reward(), actions, dog.halted if act else "")
 
 
-def _attached(training: DenoiseTraining, folder: Path, *, act: bool) -> gw.Watchdog:
+def _attached(training: DenoiseTraining, folder: Path, rules: str, *, act: bool) -> gw.Watchdog:
     if not act:
-        return gw.Watchdog("documented", run_dir=folder)
+        return gw.Watchdog(rules, run_dir=folder)
     return gw.attach(
         model=training.policy,
         optimizer=training.optimizer,
@@ -102,7 +103,7 @@ def _attached(training: DenoiseTraining, folder: Path, *, act: bool) -> gw.Watch
         kl_coef=gw.attr(training.config, "kl_coef"),
         clip_epsilon=gw.attr(training.config, "clip_epsilon"),
         state={"sampler": training.sampler},
-        rules="documented",
+        rules=rules,
         targets="scaled",
         run_dir=folder,
         checkpoint_every=20,

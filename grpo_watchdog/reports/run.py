@@ -197,6 +197,8 @@ class _Reader:
             "limit",
             "note",
             "inhibited_by",
+            "age",
+            "alone",
         )
         story = self._stories.setdefault(number, IncidentStory(number, rule, set(), run.book, severity, since))
         story.rule, story.severity, story.since = rule, severity, min(since, story.since)
@@ -216,7 +218,7 @@ class _Reader:
             self._steps[outcome["detail"]] = outcome["step"]
         for story in self._by_rule(outcome["rule"]):
             story.actions.append(outcome)
-        if outcome["action"] == "halt":
+        if outcome["action"] == "halt" and not outcome.get("held_back"):
             run.halted, run.halted_at = outcome["reason"], outcome["step"]
 
     def _notice(self, run: Run, entry: Mapping[str, Any]) -> None:

@@ -75,7 +75,10 @@ class _Teller:
         else:
             ignored = run.halted_at is not None and run.last_step is not None and run.last_step > run.halted_at
             lines.append(self._say("halt_ignored" if ignored else "halted", why=run.halted, step=run.halted_at))
-        back = [a for a in run.actions if a["action"] == "rollback" and a["ok"]]
+        held_back = [a for a in run.actions if a.get("held_back")]
+        if held_back:
+            lines.append(self._say("held_back", n=len(held_back)))
+        back = [a for a in run.actions if a["action"] == "rollback" and a["ok"] and not a.get("held_back")]
         if back:
             steps = ", ".join(f"{int(a['before'])} -> {int(a['after'])}" for a in back)
             lines.append(self._say("rollbacks", n=len(back), steps=steps))
@@ -175,7 +178,9 @@ class _Teller:
         return f"{check['name']}: {self._say(key)}: {check['detail']}"
 
     def _action(self, action: dict[str, Any]) -> str:
-        line = f"{self._say('step', step=action['step'])}: {action['action']}"
+        why = action.get("held_back")
+        would = f"{self._say(why)} " if why else ""
+        line = f"{self._say('step', step=action['step'])}: {would}{action['action']}"
         if action["before"] is not None or action["after"] is not None:
             line += f" {number(action['before'])} -> {number(action['after'])}"
         if not action["ok"]:

@@ -1,0 +1,128 @@
+"""Fall: a metric (the reward) that has lost a good part of what this run had already gained, beyond its noise.
+
+Held against the run's own best, both as means over a window. The best of many noisy means is high by luck alone, so the
+noise of such a mean enters twice: in what the best is worth, and in how far below it counts. The noise is taken from
+the differences between neighbouring observations, which a slow trend does not enter. Where most of them are 0 (rewards
+that are rarely earned) their median says nothing: then the mean square counts, now or when the best was set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from grpo_watchdog.detectors.detector import CALM, Reading
+from grpo_watchdog.detectors.history import History
+from grpo_watchdog.rule import MetricName, Number, SingleRule
+
+_LUCK = 2.0  # standard deviations: about the expected maximum of the independent means in some hundred steps
+_NOISE_WINDOW = 64
+_ABSURD = 1e300  # sums of values of this size overflow; none is a reward
+_GOOD = 0.5  # of the way to a fall: up to there the run was still well, and what is older may be gone back to
+
+
+class FallRule(SingleRule):
+    """Holds while the mean over the last `window` values is far below the best such mean before it.
+
+    Attributes:
+        metric: which.
+        window: values in a mean [observations].
+        share: how much of the gain (best less start, at least the spread within a batch, where that is given) is lost.
+        sigmas: the least that counts in standard deviations of a mean.
+        settle: observations before anything can be said [observations].
+    """
+
+    kind: Literal["fall"]
+    metric: MetricName
+    window: Annotated[int, Field(ge=2, le=1000)] = 8
+    share: Annotated[Number, Field(gt=0)] = 0.3
+    sigmas: Annotated[Number, Field(ge=0)] = 5.0
+    settle: Annotated[int, Field(ge=4, le=100_000)] = 24
+
+
+class FallDetector:
+    """Keeps the best, the start and the noise."""
+
+    needs_all = True
+    quiet: tuple[str, float, float] | None = None
+    steady: tuple[str, float, float] | None = None
+
+    def __init__(self, rule: FallRule) -> None:
+        """Start with nothing seen."""
+        self._rule = rule
+        self.needs: tuple[str, ...] = (rule.metric,)
+        self._recent: deque[float] = deque(maxlen=rule.window)
+        self._means: deque[float] = deque(maxlen=rule.window)  # those that still overlap with the newest
+        self._noise = History(_NOISE_WINDOW)
+        self._start: float | None = None
+        self._best = -math.inf
+        self._best_noise = 0.0  # what the noise of a mean was when the best was set
+        self._seen = self._since_best = self._since_good = 0
+
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
+        """Hold the newest mean against the best; None where the value is not a number, or absurd."""
+        value, rule, recent = values[self._rule.metric], self._rule, self._recent
+        if not abs(value) < _ABSURD:
+            return None
+        if recent:
+            self._noise.add(abs(value - recent[-1]))
+        recent.append(value)
+        self._seen += 1
+        if len(recent) < rule.window:
+            return CALM
+        mean = math.fsum(recent) / rule.window
+        if self._start is None:
+            self._start = mean
+        deviation = self._deviation()
+        if len(self._means) == rule.window and self._means[0] >= self._best:
+            self._best, self._since_best = self._means[0], rule.window
+            self._best_noise = deviation
+        self._means.append(mean)
+        self._since_best += 1
+        self._since_good += 1
+        if self._seen < rule.settle or not math.isfinite(self._best):
+            return CALM
+        best = self._best - _LUCK * deviation
+        gain = max(best - self._start, values.get("std_reward", 0.0))
+        far = max(rule.share * gain, rule.sigmas * deviation * math.sqrt(2))
+        fallen = best - mean > far
+        if best - mean <= _GOOD * far:
+            self._since_good = 0
+        if not fallen and not firing:
+            return CALM
+        note = f"the mean of {rule.window} was {self._best:.4g}, {self._since_best} observations ago" if fallen else ""
+        limit = best - rule.share * gain
+        back = self._since_good + rule.window - 1 if fallen else 0  # the last good mean may hold the first bad values
+        return Reading(int(fallen), int(fallen), rule.metric, mean, limit, note, back)
+
+    def _deviation(self) -> float:
+        """Return the standard deviation of a mean."""
+        root, middle = math.sqrt(self._rule.window), self._noise.median()
+        if middle > 0:
+            # The median |difference| of two independent normal values is 0.954 of one value's standard deviation.
+            return middle / 0.954 / root
+        square = math.hypot(*self._noise.values) / math.sqrt(2 * len(self._noise))
+        return max(square / root, self._best_noise)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered."""
+        return {
+            "recent": list(self._recent), "means": list(self._means), "noise": self._noise.state_dict(),
+            "start": self._start, "best": None if math.isinf(self._best) else self._best,
+            "best_noise": self._best_noise,
+            "seen": self._seen, "since_best": self._since_best, "since_good": self._since_good,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self._recent = deque(state["recent"], maxlen=self._rule.window)
+        self._means = deque(state["means"], maxlen=self._rule.window)
+        self._noise.load_state_dict(state["noise"])
+        self._start, self._seen, self._since_best = state["start"], state["seen"], state["since_best"]
+        self._best = -math.inf if state["best"] is None else state["best"]
+        self._best_noise = state["best_noise"]
+        self._since_good = state["since_good"]
