@@ -32,6 +32,10 @@ class Actuator(Side, Protocol):
         """Return an outcome for every vetoed step and every held knob that did not stay; `doses` is action to rule."""
         ...
 
+    def expect(self, metrics: Sequence[str]) -> None:
+        """Take what these metrics are of as it is now."""
+        ...
+
     def execute(self, order: Order, step: int) -> Outcome:
         """Carry one order out."""
         ...
@@ -115,7 +119,8 @@ class Actuation:
 
     def execute(self, order: Order, step: int) -> Outcome:
         """Carry one order out; what fails is an outcome, and a knob is read back at once."""
-        if self._shadow_all or not self._shadow.isdisjoint((order.rule, order.action)):
+        names = (order.rule, order.action, "escalate" if order.rung >= 0 else order.action)
+        if self._shadow_all or not self._shadow.isdisjoint(names):
             return self._imagine(order, step)
         try:
             outcome = ACTIONS[order.action].act(order, self, step)
@@ -206,6 +211,14 @@ class Actuation:
     def settled(self, number: int) -> None:
         """Take a question off the desk."""
         self._desk.settled(number)
+
+    def expect(self, metrics: Sequence[str]) -> None:
+        """Have the trainer's side take its weights, moments and reference as they are now."""
+        try:
+            if any(name.endswith("_touched") for name in metrics):
+                self._controls.rebase()
+        except Exception as error:  # noqa: BLE001
+            self._say_once("rebase", f"the weights cannot be taken as they are: {error}")
 
     def _vetoes(self, step: int) -> list[Outcome]:
         try:

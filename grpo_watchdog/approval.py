@@ -87,7 +87,7 @@ class Approvals:
         """Start with nothing asked."""
         self._policy, self._side, self._sink = policy, side, sink
         self._open: Question | None = None
-        self._count = 0
+        self._count = 0  # questions so far, an earlier session's included
         self._now = 0  # observations
 
     def sift(self, orders: list[Order], findings: Sequence[Finding], step: int) -> tuple[list[Order], list[Order]]:
@@ -109,7 +109,7 @@ class Approvals:
             question = self._ask(asking, step, self._now)
         elif not {(o.action, o.rule) for o in asking} <= {(o.action, o.rule) for o in question.orders}:
             self._settle(question, step, "more is asked for", yes=None)  # a yes is to what was asked, and no more
-            question = self._ask(asking, step, question.asked)
+            question = self._ask(asking, step, self._now)
         elif asking:
             question = question._replace(orders=tuple(asking))
         elif {f.rule for f in findings}.isdisjoint(o.rule for o in question.orders):
@@ -124,6 +124,10 @@ class Approvals:
             how, answer = f"no answer within {within} observations", self._policy.approve_default == "yes"
         self._settle(question, step, how, yes=answer)
         return ([*free, *question.orders], []) if answer else (free, list(question.orders))
+
+    def count_from(self, number: int) -> None:
+        """Go on counting from an earlier session's last question."""
+        self._count = number
 
     def state_dict(self) -> dict[str, Any]:
         """Return the open question as JSON-able values."""
@@ -161,6 +165,13 @@ class Desk:
         self._folder = None if folder is None else folder / FOLDER
         self._asker = asker
         self._swept = False
+
+    def clear(self) -> int:
+        """Mark what an earlier session asked as settled; return the number of its last question, 0 for none."""
+        asked = [] if self._folder is None else sorted(self._folder.glob("[0-9]*.json"))
+        for path in asked:
+            self.settled(int(path.stem))
+        return int(asked[-1].stem) if asked else 0
 
     def ask(self, question: Mapping[str, Any]) -> None:
         """Put a question down."""

@@ -30,7 +30,7 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
     dims: int | None = None,
     tensorboard: Any = False,  # noqa: ANN401
     resume: bool = False,
-    mode: str = "act",
+    mode: str | None = None,
     approve: Callable[..., Any] | None = None,
     **policy: Any,
 ) -> Watchdog:
@@ -57,7 +57,8 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
         dims: dimensions or tokens over which a trajectory's log-prob is summed, where known.
         tensorboard: True for `run_dir`/tensorboard, a folder, or a SummaryWriter.
         resume: go on with the run that `run_dir` holds.
-        mode: how far the watchdog may go, "act" or less.
+        mode: "act", "shadow" (decides and writes down, touches nothing) or "approve" (asks first); None: as the
+            rulebook says.
         approve: asked before an order is carried out, where the mode wants that.
         **policy: checkpoint_every, probation, on_divergence, recover_after, rollback_budget, targets, keep ...
 
@@ -75,6 +76,8 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
         if run_dir is None:
             raise ConfigurationError("tensorboard=True writes under run_dir: give run_dir, a folder or a SummaryWriter")
         tensorboard = Path(run_dir) / "tensorboard"
+    if mode is not None:
+        policy = {**policy, "mode": mode}
     book = (rules if isinstance(rules, Rulebook) else load(rules)).with_policy(policy)
     earlier_session(run_dir, resume=resume)  # refused before anything is hooked
     controls = TorchControls(
@@ -87,15 +90,12 @@ def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand o
         state=state,
         data=data,
         check_every=book.policy.check_every,
-        tripwires=bool(getattr(book.policy, "tripwires", False)),
+        tripwires=book.policy.tripwires,
     )
-    manner: dict[str, Any] = {} if mode == "act" else {"mode": mode}
-    if approve is not None:
-        manner["approve"] = approve
     listeners = [TensorBoardListener(tensorboard)] if tensorboard else []
     try:
         return Watchdog(
-            book, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners, **manner
+            book, controls, run_dir, ratio_to=ratio_to, dims=dims, resume=resume, listeners=listeners, approve=approve
         )
     except BaseException:
         controls.detach()

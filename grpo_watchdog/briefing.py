@@ -49,6 +49,8 @@ def caveats(
         dims: dimensions that a log-prob is summed over, where known.
     """
     wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
+    if "escalate" in wanted:
+        wanted |= {action for rung in book.policy.ladder for action in rung}
     return [
         *_missing(wanted, bases),
         *_idle(wanted, bases, book),

@@ -164,13 +164,13 @@ class Veto(NamedTuple):
 
     Attributes:
         factor: an absurd gradient norm is more than this many times the median of the run's last accepted norms.
-        most_in_a_row: absurd but finite gradients vetoed one after the other before such steps are let through:
+        most: absurd but finite gradients vetoed one after the other before such steps are let through:
             a scale that really changed must not freeze the run. A gradient that is not finite is always vetoed.
         dry: only count what would be vetoed, and change nothing.
     """
 
     factor: float = 1000.0
-    most_in_a_row: int = 3
+    most: int = 3
     dry: bool = False
 
 
@@ -227,6 +227,10 @@ class Controls(Protocol):
         """Skip every optimizer step from now on, with no state touched, or none any more."""
         ...
 
+    def rebase(self) -> None:
+        """Take weights, moments and reference as they are now: they were written on purpose."""
+        ...
+
 
 class NoControls:
     """A trainer that lets itself be watched, and nothing else."""
@@ -262,3 +266,6 @@ class NoControls:
     def pause(self, *, on: bool) -> None:
         """Raise: there is no optimizer whose steps could be skipped."""
         raise NotImplementedError("nothing was handed over that could be paused")
+
+    def rebase(self) -> None:
+        """Do nothing: nothing is watched."""

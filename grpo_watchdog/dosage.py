@@ -52,14 +52,14 @@ class Dosage:
         """Return whether a healthy streak is long enough to let up."""
         return streak >= self._policy.recover_after * self._patience
 
-    def recovery(self, streak: int, now: int) -> list[Order]:
+    def recovery(self, values: Mapping[str, float], streak: int, now: int) -> list[Order]:
         """Return the releases, or the loosened limits, that are due; one that failed is tried after the cool-down."""
         why = f"healthy for {streak} observations"
         due = [name for name in self.doses if now >= self._locked.get(name, (0, 0))[0]]
         if self._policy.rewarm is None:
             return [Order(name, None, self.doses[name].rule, why, release=True) for name in due]
         rested = [name for name in due if self.healthy_for(now - self.doses[name].given)]
-        return [order for name in rested if (order := self._loosened(name, why)) is not None]
+        return [order for name in rested if (order := self._loosened(name, why, values)) is not None]
 
     def effects(
         self, values: Mapping[str, float], firing: set[str], now: int
@@ -135,9 +135,16 @@ class Dosage:
         self._locked = {k: (v[0], v[1]) for k, v in state["locked"].items()}
         self.doses = {k: Dose(*v) for k, v in state["doses"].items()}
 
-    def _loosened(self, name: str, why: str) -> Order | None:
-        """Return the order that lets a limit up one step, at most to what the run started with; None at the end."""
+    def _loosened(self, name: str, why: str, values: Mapping[str, float]) -> Order | None:
+        """Return the order that lets a limit up one step, or go.
+
+        It goes where the user's own value is within it: then it holds nothing. At what the run started with it stays,
+        for what is beyond that nobody has announced (`Watchdog.expect`).
+        """
         dose, action, rewarm = self.doses[name], KNOB_ACTIONS[name], self._policy.rewarm or 1.0
+        own = values.get(f"{action.knob}_set")
+        if own is not None and action.merge(own, dose.limit) == own:
+            return Order(name, None, dose.rule, f"{why}, and {own:g} is within it", release=True)
         base = self._bases[action.knob]
         further = action.merge(base, dose.limit * rewarm if action.safe == "min" else dose.limit / rewarm)
         if action.merge(dose.limit, further) == further:

@@ -5,7 +5,7 @@ A rule whose cause fires at the same severity or above is that cause's symptom.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from grpo_watchdog.metrics import METRICS, Step
@@ -14,6 +14,7 @@ from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watch import Finding, Watch
 
 _MILDER = {"critical": "warning", "warning": "notice", "notice": "notice"}
+_NEAR = 15  # observations after the beginning of a finding within which its witness must have begun
 _MISSING_FOR = 10  # observations without a metric after which its rule counts as blind again
 _STEADY = frozenset(
     name
@@ -41,16 +42,14 @@ class Findings:
     def __init__(self, book: Rulebook) -> None:
         """Start with every rule inactive."""
         self._watches = [Watch(rule_id, rule) for rule_id, rule in sorted(book.rules.items())]
-        sleepers = [w for w in self._watches if w.detector.quiet or w.detector.steady]
         self._rules = {w.rule_id: w.rule for w in self._watches}
-        self._sleepers, self._awake = sleepers, sleepers  # awake: those that the next value may change
-        self._asleep: list[tuple[Watch, str, float, float]] = []
-        self._always = [w for w in self._watches if w not in sleepers]
+        self._group()
         self._observations = 0
         self._last: Mapping[str, float] = {}
         self._sampled: dict[str, float] = {}
         self._unchanged: dict[str, int] = {}
         self.firing: tuple[Finding, ...] = ()
+        self._began: dict[str, int] = {}  # by rule that fires: the observation at which it began to
 
     def detect(self, step: Step) -> tuple[Finding, ...]:
         """Return what fires after this step, worst first; symptoms carry the rule that explains them.
@@ -78,6 +77,13 @@ class Findings:
             self._look_for_frozen(values)
         return self.firing
 
+    def _group(self) -> None:
+        """Tell apart those that may sleep, and those that look at every step."""
+        self._sleepers = [w for w in self._watches if w.detector.quiet or w.detector.steady]
+        self._awake = self._sleepers  # those that the next value may change
+        self._asleep: list[tuple[Watch, str, float, float]] = []
+        self._always = [w for w in self._watches if w not in self._sleepers]
+
     def _sort(self) -> None:
         """Put to sleep whom only a value outside an interval can change; most rules of a healthy run."""
         self._asleep, self._awake = [], []
@@ -87,6 +93,14 @@ class Findings:
                 self._awake.append(watch)
             else:
                 self._asleep.append((watch, *interval))
+
+    def expect(self, metrics: Collection[str]) -> None:
+        """Begin anew with every rule that looks at one of these metrics: what they were says nothing any more."""
+        self._watches = [
+            Watch(w.rule_id, w.rule) if not set(metrics).isdisjoint(w.detector.needs) else w for w in self._watches
+        ]
+        self._group()
+        self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
 
     def blind(self) -> tuple[Blind, ...]:
         """Return the rules that cannot see, and why: a metric is absent, frozen, or says nothing."""
@@ -120,6 +134,7 @@ class Findings:
             "last": dict(self._last),
             "sampled": dict(self._sampled),
             "unchanged": dict(self._unchanged),
+            "began": dict(self._began),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -129,6 +144,7 @@ class Findings:
                 watch.load_state_dict(state["watches"][watch.rule_id])
         self._observations, self._last = state["observations"], dict(state["last"])
         self._sampled, self._unchanged = dict(state["sampled"]), dict(state["unchanged"])
+        self._began = dict(state["began"])
         self._sort()
         self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
 
@@ -136,13 +152,15 @@ class Findings:
         """Mark symptoms: a cause explains what it inhibits, unless that is more severe than itself."""
         rules = self._rules
         names = {f.rule for f in found}
-        found = [_weighed(f, rules[f.rule], names) for f in found]
+        began = {name: self._began.get(name, self._observations) for name in names}
+        self._began = began
+        found = [_weighed(f, rules[f.rule], began) for f in found]
         severity = {f.rule: RANK[f.severity] for f in found}
         marked = []
         for finding in found:
             causes = [
                 f.rule for f in found
-                if finding.rule in rules[f.rule].inhibits and severity[f.rule] >= severity[finding.rule]
+                if finding.rule in rules[f.rule].inhibits and severity[f.rule] >= severity[finding.rule] and not f.alone
             ]  # fmt: skip
             causes.sort(key=lambda rule: (-severity[rule], rule))
             marked.append(finding._replace(inhibited_by=causes[0] if causes else ""))
@@ -157,10 +175,15 @@ class Findings:
             sampled[name] = value
 
 
-def _weighed(finding: Finding, rule: Rule, firing: set[str]) -> Finding:
-    """Return a finding that needs a witness and has none, or is contradicted, one level milder, asking for nothing."""
-    witnesses = rule.corroborated_by
-    if (not witnesses or not firing.isdisjoint(witnesses)) and firing.isdisjoint(rule.contradicted_by):
+def _weighed(finding: Finding, rule: Rule, began: Mapping[str, int]) -> Finding:
+    """Return a finding that needs a witness and has none, or is contradicted, one level milder, asking for nothing.
+
+    A witness that begins long after what it should bear witness to is of something else: a finding that stands would
+    otherwise wait for the first spike, however soon that heals.
+    """
+    latest = began[finding.rule] + _NEAR
+    seen = not rule.corroborated_by or any(began.get(name, latest + 1) <= latest for name in rule.corroborated_by)
+    if seen and not any(name in began for name in rule.contradicted_by):
         return finding
     return finding._replace(severity=_MILDER[finding.severity], alone=True)
 

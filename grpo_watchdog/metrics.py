@@ -161,6 +161,11 @@ class Intake:
         if self.dims is not None:
             values["log_prob_per_dim"] = current / self.dims
 
+    @property
+    def last(self) -> int:
+        """Return the last step's number; -1 before the first."""
+        return -1 if self._last is None else self._last
+
     def rewind(self, step: int) -> None:
         """Allow the next step number to be as early as `step` + 1, as after a rollback."""
         self._last = step

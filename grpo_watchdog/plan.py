@@ -47,6 +47,7 @@ class Planner:
         self._dosage = Dosage(book, bases)
         self._muted: dict[str, int] = {}  # rule -> rank up to which it was answered without anything being done
         self._partly: set[str] = set()  # rules of whose orders some were carried out and others held back
+        self._lived: set[str] = set()  # of the muted: those that came back and did no harm
         self._once: set[str] = set()  # "rule/rank/action" of what was done once and is not done again
         self._interval = self._policy.checkpoint_every
         self._last_checkpoint = -self._interval  # the first one is due at once
@@ -84,14 +85,15 @@ class Planner:
         if self.paused and "pause" not in wants and self.paused not in self._partly:
             orders.append(Order("pause", None, self.paused, f"{self.paused} is over", release=True))
         if healthy:
-            orders += self._in_health(ledger)
+            orders += self._in_health(values, ledger)
         return _in_turn(orders), effects
 
     def _asking(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Return the findings that may ask for something; a rule in shadow explains nothing away."""
-        shadow = self._policy.shadow
-        loud = [f for f in findings if f.rank > self._muted.get(f.rule, 0)]
-        return [f._replace(inhibited_by="") if f.inhibited_by in shadow else f for f in loud] if shadow else loud
+        """Return the findings that may ask for something; what is only reported explains nothing away."""
+        muted = self._muted
+        quiet = {*self._policy.shadow, *(f.rule for f in findings if f.rank <= muted.get(f.rule, 0))}
+        loud = [f for f in findings if f.rank > muted.get(f.rule, 0)]
+        return [f._replace(inhibited_by="") if f.inhibited_by in quiet else f for f in loud] if quiet else loud
 
     def healthy(self, findings: Sequence[Finding]) -> bool:
         """Return whether nothing fires that asks for a dose or is critical.
@@ -104,7 +106,7 @@ class Planner:
         return not any(
             f.severity == "critical" or (f.severity == "warning" and not f.alone and (f.rule, f.rank) in self._dosing)
             for f in findings
-            if f.rank > self._muted.get(f.rule, 0) or f.rule in self._partly
+            if f.rule not in self._lived or f.rank > self._muted.get(f.rule, 0)
         )
 
     def settle(self, orders: Sequence[Order], outcomes: Sequence[Outcome], findings: Sequence[Finding],
@@ -166,13 +168,14 @@ class Planner:
             "once": sorted(self._once),
             "muted": dict(self._muted),
             "partly": sorted(self._partly),
+            "lived": sorted(self._lived),
             "paused": self.paused,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._now, self._healthy, self.halted = state["now"], state["healthy"], state["halted"]
-        self._once, self._partly = set(state["once"]), set(state["partly"])
+        self._once, self._partly, self._lived = set(state["once"]), set(state["partly"]), set(state["lived"])
         self._dosage.load_state_dict(state)
         self._muted, self.paused = dict(state["muted"]), state["paused"]
         self._ladder.load_state_dict(state["ladder"])
@@ -186,7 +189,7 @@ class Planner:
         """
         foot = Ladder(self._policy, self._bases, restorable=self._restorable).state_dict()
         afresh = {"halted": "", "ladder": foot, "healthy": 0, "interval": self._interval, "muted": {}, "partly": [],
-                  "paused": ""}  # fmt: skip
+                  "lived": [], "paused": ""}  # fmt: skip
         self.load_state_dict({**state, **afresh, "last_checkpoint": state["now"] - self._interval})
         lost = [name for name in self.doses if KNOB_ACTIONS[name].knob not in self._bases]
         for name in lost:
@@ -199,11 +202,20 @@ class Planner:
         doses = [Order(name, d.limit, d.rule, why) for name, d in self.doses.items()]
         return [*doses, Order("pause", None, self.paused, why)] if self.paused else doses
 
+    def expect(self, metrics: Sequence[str]) -> list[Order]:
+        """Return the releases of limits on settings that somebody changes on purpose."""
+        return [
+            Order(name, None, dose.rule, "the setting changes on purpose", release=True)
+            for name, dose in self.doses.items()
+            if {KNOB_ACTIONS[name].knob, f"{KNOB_ACTIONS[name].knob}_set"} & set(metrics)
+        ]
+
     def _forget(self, firing: set[str]) -> None:
         """Forget what was said of rules that do not fire any more."""
         self._once = {key for key in self._once if key.split("/")[0] in firing}
         self._muted = {rule: rank for rule, rank in self._muted.items() if rule in firing}
         self._partly &= firing
+        self._lived &= firing
 
     def _order(self, name: str, want: Want) -> Order | None:
         """Return the order for what rules want of an action, or None where there is nothing to do, or not again."""
@@ -224,14 +236,15 @@ class Planner:
             if harmed or self._ladder.at_foot(self._now):
                 return self._ladder.climb(want, ledger, self._now, self.doses)
             self._muted[want.rule] = want.rank  # it came back and does no harm: from now on it is only reported
+            self._lived.add(want.rule)
         return self._ladder.diverged(wants["rollback"], ledger, self._now) if "rollback" in wants else []
 
-    def _in_health(self, ledger: Ledger) -> list[Order]:
+    def _in_health(self, values: Mapping[str, float], ledger: Ledger) -> list[Order]:
         """Return what a healthy run is due: limits let up, and a checkpoint."""
         orders: list[Order] = []
         if self._dosage.healthy_for(self._healthy):
             self._interval = self._policy.checkpoint_every
-            orders = self._dosage.recovery(self._healthy, self._now)
+            orders = self._dosage.recovery(values, self._healthy, self._now)
         return orders + self._due_checkpoint(ledger)
 
     def _due_checkpoint(self, ledger: Ledger) -> list[Order]:

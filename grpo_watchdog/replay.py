@@ -92,6 +92,9 @@ class Recording:
     def settled(self, number: int) -> None:
         """Touch nothing."""
 
+    def expect(self, metrics: Sequence[str]) -> None:
+        """Touch nothing."""
+
     def execute(self, order: Order, step: int) -> Outcome:
         """Return what became of the order then; one that was never carried out then failed."""
         if self.outcomes:
@@ -179,6 +182,8 @@ def _decide(session: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, str]
     def decide() -> None:
         if pending is None:
             judge.inspect(None)
+        elif pending["kind"] == "call" and pending["call"] == "expect":
+            judge.expect(pending["metrics"])
         elif pending["kind"] == "call":
             judge.checkpoint(pending["step"])
         else:
@@ -193,7 +198,7 @@ def _decide(session: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, str]
         else:
             recording.take(entry)
     decide()
-    if _ended(session):
+    if _ended(session) or any(e["kind"] == "blind" and e["step"] is None for e in rest):  # killed while it closed
         judge.note_blind(None)
     return sink.lines
 

@@ -36,11 +36,11 @@ class VetoPolicy(Model):
 
     Attributes:
         factor: a gradient norm this many times the run's own median is absurd.
-        most_in_a_row: absurd steps that are skipped in a row before the next is let through: the run may have changed.
+        most: absurd steps that are skipped within 64 before the next is let through: the run may have changed.
     """
 
     factor: Annotated[Number, Field(ge=10)] = 1000.0
-    most_in_a_row: Annotated[int, Field(ge=1, le=1000)] = 3
+    most: Annotated[int, Field(ge=1, le=1000)] = 3
 
 
 class Policy(Model):

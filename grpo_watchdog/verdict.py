@@ -151,6 +151,16 @@ class Judge:
         self.planner.settle([order], [outcome], (), {})
         return outcome
 
+    def expect(self, metrics: Sequence[str]) -> None:
+        """Learn that these metrics change on purpose now; limits held on such a setting are let go."""
+        self._journal.append({"kind": "call", "step": self.intake.last, "call": "expect", "metrics": list(metrics)})
+        self.findings.expect(metrics)
+        self._actuator.expect(metrics)
+        releases = self.planner.expect(metrics)
+        outcomes = [self._actuator.execute(order, self.intake.last) for order in releases]
+        self._learn(outcomes)
+        self.planner.settle(releases, outcomes, (), {})
+
     def inspect(self, number: int | None) -> list[str]:
         """Look at the model; return what failed and was not said before."""
         self._checks = self._actuator.inspect()
@@ -230,7 +240,8 @@ class Judge:
             outcomes, interrupted = self._execute(orders, seen.number, interrupted)
             self._learn(outcomes)
             done += outcomes
-            orders = self.planner.settle(orders, outcomes, findings, seen.values)
+            follow = self.planner.settle(orders, outcomes, findings, seen.values)
+            orders = [] if self._book.policy.mode == "approve" else follow  # what follows was not asked
         if any(outcome.action != "checkpoint_now" for outcome in done):
             self.note_state()
         if self.planner.halted:

@@ -18,11 +18,13 @@ from grpo_watchdog.checkpoints import Vault
 from grpo_watchdog.controls import Controls, DialKnob, NoControls, Veto
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.findings import Blind
-from grpo_watchdog.metrics import Intake, RatioTo, Step
+from grpo_watchdog.metrics import METRICS, Intake, RatioTo, Step
+from grpo_watchdog.rule import no_such
 from grpo_watchdog.rulebook import Policy, Rulebook, load
 from grpo_watchdog.verdict import Judge, Verdict
 
 _log = logging.getLogger("grpo_watchdog")
+_FOLLOW_THE_RATE = ("param_change", "step_kl")  # another learning rate gives them another level
 Listener = Callable[[Step, Verdict], None]
 
 
@@ -71,12 +73,12 @@ class Watchdog:
         earlier = earlier_session(self.run_dir, resume=resume)
         controls = NoControls() if controls is None else controls
         vault = None if self.run_dir is None else Vault(self.run_dir / "checkpoints")
-        manner = self.book.policy
+        manner, desk = self.book.policy, Desk(self.run_dir, approve)
         self._actuator = Actuation(
             controls,
             vault,
             self._memory,
-            desk=Desk(self.run_dir, approve),
+            desk=desk,
             shadow=manner.shadow,
             shadow_all=manner.mode == "shadow",
         )
@@ -89,6 +91,7 @@ class Watchdog:
         controls.arm(_veto(self.book.policy))
         intake = Intake(ratio_to, dims)
         self._judge = Judge(self.book, self._actuator, self._journal, intake=intake, bases=bases, restorable=restorable)
+        self._judge.approvals.count_from(desk.clear())
         self._listeners = list(listeners)
         levels = briefing.settings(self.book, bases)
         if isinstance(controls, NoControls):
@@ -148,6 +151,26 @@ class Watchdog:
             told = f"{type(error).__name__}: {error}"
             return Outcome(-1, "checkpoint_now", None, None, "call", "asked for by the loop", ok=False, detail=told)
 
+    def expect(self, *metrics: str) -> None:
+        """Say that these metrics change on purpose now, so that nobody takes it for trouble.
+
+        What the rules that look at one of them know of this run's own level is forgotten, and a limit that is held on
+        such a setting is let go. For a new data mix: `dog.expect("mean_reward", "zero_std_fraction")`; for a learning
+        rate set by hand: `dog.expect("learning_rate")`; for weights that were written: `dog.expect("weights_touched")`.
+
+        Raises:
+            ConfigurationError: a name is not in the table of canonical metrics.
+        """
+        for name in metrics:
+            if name not in METRICS:
+                raise ConfigurationError(no_such("metric", name, METRICS))
+        named = [*metrics, *(f"{name}_set" for name in metrics if f"{name}_set" in METRICS)]
+        named += _FOLLOW_THE_RATE if "learning_rate" in metrics else ()
+        try:
+            self._judge.expect(named)
+        except Exception:  # noqa: BLE001 - nothing inside the watchdog may break the training
+            _log.exception("the watchdog failed inside expect; the run goes on")
+
     def blind(self) -> tuple[Blind, ...]:
         """Return the rules that cannot see, what they miss, and why."""
         return self._judge.findings.blind()
@@ -185,7 +208,10 @@ class Watchdog:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned, and put the doses that it has in force onto the trainer."""
+        paused = self._judge.planner.paused
         self._judge.load_state_dict(state)
+        if paused and not self._judge.planner.paused:
+            self._actuator.execute(Order("pause", None, paused, "not in the state that was loaded", release=True), -1)
         for order in self._judge.planner.resume_orders():
             self._actuator.execute(order, -1)
         self._note_start()
@@ -269,7 +295,7 @@ def _veto(policy: Policy) -> Veto | None:
     if policy.veto is None:
         return None
     dry = policy.mode == "shadow" or "veto" in policy.shadow
-    return Veto(policy.veto.factor, policy.veto.most_in_a_row, dry)
+    return Veto(policy.veto.factor, policy.veto.most, dry)
 
 
 def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str, Any] | None:

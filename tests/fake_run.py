@@ -57,3 +57,6 @@ class FakeControls:
 
     def pause(self, *, on: bool) -> None:
         pass
+
+    def rebase(self) -> None:
+        pass

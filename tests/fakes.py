@@ -81,3 +81,6 @@ class FakeControls:
 
     def pause(self, *, on: bool) -> None:
         self.paused = on
+
+    def rebase(self) -> None:
+        pass

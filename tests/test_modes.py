@@ -345,11 +345,11 @@ def test_a_yes_is_to_what_was_asked_and_not_to_what_came_after(tmp_path: Path) -
     assert stage.replays()
 
 
-def test_the_deadline_counts_from_the_first_question(tmp_path: Path) -> None:
+def test_each_question_has_its_own_deadline(tmp_path: Path) -> None:
     stage = Stage(tmp_path, mode="approve", approve_within=4)
     stage.feed(HEALTHY, 10)
-    verdicts = stage.feed(BANDS[0], 3) + stage.feed(SICK, 3)
-    assert [v.step for v in verdicts if acts([v], "declined")] == [14]
+    verdicts = stage.feed(BANDS[0], 3) + stage.feed(SICK, 6)  # asked at 10, and for more at 13
+    assert [v.step for v in verdicts if acts([v], "declined")] == [17]
 
 
 def test_a_rollback_and_a_halt_wait_too_and_a_checkpoint_does_not(tmp_path: Path) -> None:
@@ -452,3 +452,16 @@ def test_doses_and_declined_orders_of_one_step_replay(tmp_path: Path) -> None:
     for row in [*BANDS, SICK, *[HEALTHY] * 8, SICK, SICK, *[HEALTHY] * 12, *BANDS]:
         stage.feed(row)
     assert stage.replays()
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_a_run_that_is_killed_while_it_closes_replays(tmp_path: Path, lines: int) -> None:
+    stage = Stage(tmp_path)
+    for row in (HEALTHY, {"loss": 0.1}):  # what it cannot see changes at the end
+        stage.feed(row, 12)
+    stage.dog.close()
+    path = stage.run_dir / journal.FILE
+    whole = path.read_bytes().splitlines(keepends=True)
+    assert b'"kind":"blind","step":null' in whole[-3]
+    path.write_bytes(b"".join(whole[:-lines]) + whole[-lines][:9])
+    assert gw.replay(stage.run_dir).differences == ()

@@ -140,7 +140,7 @@ def test_a_scale_that_really_changed_is_let_through_after_the_bound() -> None:
 
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_the_bound_is_the_one_asked_for(most: int) -> None:
-    run = settled("SGD", Veto(most_in_a_row=most))
+    run = settled("SGD", Veto(most=most))
     assert [run.step(1e5) for _ in range(8)] == [False] * most + [True] * (8 - most)
 
 
@@ -311,7 +311,7 @@ def test_after_a_rollback_what_was_let_through_is_absurd_again(tmp_path: Path) -
 
 @given(st.lists(st.floats(0, 1e30), max_size=200), st.integers(0, 5))
 def test_no_more_than_the_bound_are_refused_within_a_window(norms: list[float], most: int) -> None:
-    baseline, veto = Baseline(), Veto(most_in_a_row=most)
+    baseline, veto = Baseline(), Veto(most=most)
     refused = [baseline.judge(norm, veto).refused for norm in norms]
     assert not any(refused[:10])
     assert all(sum(refused[i : i + WINDOW]) <= most for i in range(len(refused)))

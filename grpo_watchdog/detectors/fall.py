@@ -34,6 +34,7 @@ class FallRule(SingleRule):
         share: how much of the gain (best less start, at least the spread within a batch, where that is given) is lost.
         sigmas: the least that counts in standard deviations of a mean.
         settle: observations before anything can be said [observations].
+        accept_after: observations down there after which it is the run's new level [observations].
     """
 
     kind: Literal["fall"]
@@ -42,6 +43,7 @@ class FallRule(SingleRule):
     share: Annotated[Number, Field(gt=0)] = 0.3
     sigmas: Annotated[Number, Field(ge=0)] = 5.0
     settle: Annotated[int, Field(ge=4, le=100_000)] = 24
+    accept_after: Annotated[int, Field(ge=1, le=1_000_000)] = 200
 
 
 class FallDetector:
@@ -58,6 +60,8 @@ class FallDetector:
         self._recent: deque[float] = deque(maxlen=rule.window)
         self._means: deque[float] = deque(maxlen=rule.window)  # those that still overlap with the newest
         self._noise = History(_NOISE_WINDOW)
+        self._moves = History(_NOISE_WINDOW)  # differences between means that do not overlap
+        self._fallen = 0
         self._start: float | None = None
         self._best = -math.inf
         self._best_noise = 0.0  # what the noise of a mean was when the best was set
@@ -75,13 +79,9 @@ class FallDetector:
         if len(recent) < rule.window:
             return CALM
         mean = math.fsum(recent) / rule.window
-        if self._start is None:
-            self._start = mean
+        self._start = mean if self._start is None else self._start
         deviation = self._deviation()
-        if len(self._means) == rule.window and self._means[0] >= self._best:
-            self._best, self._since_best = self._means[0], rule.window
-            self._best_noise = deviation
-        self._means.append(mean)
+        self._look_back(mean, deviation)
         self._since_best += 1
         self._since_good += 1
         if self._seen < rule.settle or not math.isfinite(self._best):
@@ -92,28 +92,46 @@ class FallDetector:
         fallen = best - mean > far
         if best - mean <= _GOOD * far:
             self._since_good = 0
+        self._fallen = self._fallen + 1 if fallen else 0
+        if self._fallen > rule.accept_after:  # it stays: this is the run's level from here on
+            self._best, self._best_noise, self._start, fallen = mean, deviation, min(self._start, mean), False
         if not fallen and not firing:
             return CALM
+        return self._reading(mean, best - rule.share * gain, fallen=fallen)
+
+    def _look_back(self, mean: float, deviation: float) -> None:
+        """Bring the best up to date with the mean that the newest no longer overlaps with."""
+        if len(self._means) == self._rule.window:
+            if self._means[0] >= self._best:
+                self._best, self._since_best, self._best_noise = self._means[0], self._rule.window, deviation
+            self._moves.add(abs(mean - self._means[0]))
+        self._means.append(mean)
+
+    def _reading(self, mean: float, limit: float, *, fallen: bool) -> Reading:
+        rule = self._rule
         note = f"the mean of {rule.window} was {self._best:.4g}, {self._since_best} observations ago" if fallen else ""
-        limit = best - rule.share * gain
         back = self._since_good + rule.window - 1 if fallen else 0  # the last good mean may hold the first bad values
         return Reading(int(fallen), int(fallen), rule.metric, mean, limit, note, back)
 
     def _deviation(self) -> float:
-        """Return the standard deviation of a mean."""
+        """Return the standard deviation of a mean, the larger of two estimates.
+
+        From neighbouring values, and from means that do not overlap: noise that lasts from batch to batch shows there.
+        The median |difference| of two independent normal values is 0.954 of one value's standard deviation.
+        """
         root, middle = math.sqrt(self._rule.window), self._noise.median()
+        lasting = self._moves.median() / 0.954 if len(self._moves) >= self._rule.window else 0.0
         if middle > 0:
-            # The median |difference| of two independent normal values is 0.954 of one value's standard deviation.
-            return middle / 0.954 / root
+            return max(middle / 0.954 / root, lasting)
         square = math.hypot(*self._noise.values) / math.sqrt(2 * len(self._noise))
-        return max(square / root, self._best_noise)
+        return max(square / root, self._best_noise, lasting)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""
         return {
             "recent": list(self._recent), "means": list(self._means), "noise": self._noise.state_dict(),
             "start": self._start, "best": None if math.isinf(self._best) else self._best,
-            "best_noise": self._best_noise,
+            "best_noise": self._best_noise, "moves": self._moves.state_dict(), "fallen": self._fallen,
             "seen": self._seen, "since_best": self._since_best, "since_good": self._since_good,
         }  # fmt: skip
 
@@ -124,5 +142,6 @@ class FallDetector:
         self._noise.load_state_dict(state["noise"])
         self._start, self._seen, self._since_best = state["start"], state["seen"], state["since_best"]
         self._best = -math.inf if state["best"] is None else state["best"]
-        self._best_noise = state["best_noise"]
+        self._best_noise, self._fallen = state["best_noise"], state["fallen"]
+        self._moves.load_state_dict(state["moves"])
         self._since_good = state["since_good"]

@@ -2,6 +2,9 @@
 
 A task that is being solved gets there step by step, and at its best reward. A reward service that fails hands out one
 number from one step to the next, and a sampler that draws one sample for a whole group leaves the groups different.
+
+In a small batch every group may be flat by chance. How often that happened is this run's own rate, and a stretch counts
+from the length on at which chance would give it once in a hundred thousand batches.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.rule import Number, SingleRule
 
 _ALL = 0.99  # of the groups
+_CHANCE = 1e-5  # of a stretch as long as that
+_RATE_WINDOW = 128  # batches that the rate is taken from
 
 
 class FlatRule(SingleRule):
@@ -52,6 +57,8 @@ class FlatDetector:
         self._rule = rule
         self._before: deque[tuple[float, float, float]] = deque(maxlen=rule.window)
         self._since: bool | None = None  # whether the flat stretch that goes on began at once; None for none
+        self._length = 0  # of that stretch
+        self._flats: deque[bool] = deque(maxlen=_RATE_WINDOW)  # which batches before were flat
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return whether the differences were lost at once; None where a value is not a number."""
@@ -59,16 +66,26 @@ class FlatDetector:
         if not math.isfinite(share + spread + reward):
             return None
         if not self._flat(share, spread):
-            self._since = None
+            self._flats.extend([True] * (self._length if self._length < self._enough() else 0))
+            self._flats.append(False)
+            self._since, self._length = None, 0
             self._before.append((share, spread, reward))
             return Reading(0, 0, "zero_std_fraction", share, _ALL) if firing else CALM
         if self._since is None:
             self._since = self._at_once(reward)
+        self._length += 1
+        if self._since and self._length < self._enough():
+            return Reading(0, 0, "zero_std_fraction", share, _ALL) if firing else CALM
         if not self._since:
             self._before.append((share, spread, reward))
             return Reading(0, 0, "zero_std_fraction", share, _ALL) if firing else CALM
         note = f"it was {statistics.median(row[0] for row in self._before):.3g} until then; reward {reward:.4g}"
-        return Reading(1, 1, "zero_std_fraction", share, _ALL, note)
+        return Reading(1, 1, "zero_std_fraction", share, _ALL, note, self._length - 1)
+
+    def _enough(self) -> float:
+        """Return from which length on a stretch is no chance; more than any where the rate is not known yet."""
+        rate = (sum(self._flats) + 1) / (len(self._flats) + 2)
+        return math.log(_CHANCE) / math.log(rate)
 
     def _flat(self, share: float, spread: float) -> bool:
         if share < _ALL:
@@ -93,9 +110,15 @@ class FlatDetector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""
-        return {"before": [list(row) for row in self._before], "since": self._since}
+        return {
+            "before": [list(row) for row in self._before],
+            "since": self._since,
+            "length": self._length,
+            "flats": list(self._flats),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self._before = deque(((r[0], r[1], r[2]) for r in state["before"]), maxlen=self._rule.window)
-        self._since = state["since"]
+        self._since, self._length = state["since"], state["length"]
+        self._flats = deque(state["flats"], maxlen=_RATE_WINDOW)

@@ -55,13 +55,14 @@ class MovedDetector:
         value, extreme = values[name], self._extreme
         if not math.isfinite(value):
             return None
-        if extreme is not None and self._seen >= self._rule.settle:
+        if extreme and self._seen >= self._rule.settle:
             limit = extreme * self._rule.factor if self._up else extreme / self._rule.factor
             if (value > limit if self._up else value < limit) and self._out < self._rule.accept_after:
                 self._out += 1
                 note = f"the {'most' if self._up else 'least'} that it was so far is {extreme:.4g}"
                 return Reading(1, 1, name, value, limit, note)
-        self._seen, self._out = self._seen + 1, 0
+        self._seen = self._seen + 1 if extreme or value else 0  # 0 is not yet a setting: a warm-up begins there
+        self._out = 0
         if extreme is None or (value > extreme if self._up else value < extreme):
             self._extreme = value
         return Reading(0, 0, name, value, None) if firing else CALM

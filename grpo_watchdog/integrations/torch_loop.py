@@ -118,6 +118,11 @@ class TorchControls:
         """Return a sentence for each step vetoed since the last call."""
         return self._veto.vetoed()
 
+    def rebase(self) -> None:
+        """Take weights, moments and reference as they are now: they were written on purpose."""
+        if self._tripwires is not None:
+            self._tripwires.rebase()
+
     def pause(self, *, on: bool) -> None:
         """Skip every optimizer step from now on, or none any more."""
         self._veto.pause(on=on)

@@ -35,7 +35,7 @@ class Baseline:
     A norm is absurd where it exceeds `factor` times the median of the last WINDOW accepted norms and twice the
     largest that ever passed: where a task is solved gradients are next to 0, and a rare miss is as large as ever.
     Norms of exactly 0 (a batch without any advantage) and norms that were refused never enter.
-    After `most_in_a_row` refusals within the last WINDOW steps absurd norms are let through, and enter.
+    After `most` refusals within the last WINDOW steps absurd norms are let through, and enter.
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,7 @@ class Baseline:
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._refused: deque[int] = deque()  # the steps at which an absurd norm was refused, the recent ones
         self._most = 0.0  # the largest that passed and was not absurd
+        self._let = 0.0  # the largest that passed although it was
         self._steps = 0
 
     def judge(self, norm: float, veto: Veto) -> _Judged:
@@ -55,23 +56,26 @@ class Baseline:
         reason = self._absurd(norm, veto.factor)
         while self._refused and self._refused[0] <= self._steps - WINDOW:
             self._refused.popleft()
-        if reason and len(self._refused) < veto.most_in_a_row:
+        if reason and len(self._refused) < veto.most:
             self._refused.append(self._steps)
             return _Judged(refused=True, reason=reason)
         self._norms.append(norm)
-        if not reason:
+        if reason:
+            self._let = max(self._let, norm)  # it passed all the same: the run may have two scales
+        else:
             self._most = max(self._most, norm)
         return _Judged(refused=False, reason="")
 
     def rewound(self, factor: float) -> None:
         """Forget what was let through: the run was rolled back to before it."""
         self._refused.clear()
+        self._let = 0.0
         if self._norms:
             limit = factor * statistics.median(self._norms)
             self._norms = deque((n for n in self._norms if n <= limit), WINDOW)
 
     def _absurd(self, norm: float, factor: float) -> str:
-        if len(self._norms) < _FEWEST or norm <= _ROOM * self._most:
+        if len(self._norms) < _FEWEST or norm <= _ROOM * max(self._most, self._let):
             return ""
         usual = statistics.median(self._norms)
         if norm <= factor * usual:

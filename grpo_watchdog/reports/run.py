@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_watchdog import journal
+from grpo_watchdog.approval import told
 from grpo_watchdog.rule import RANK
 from grpo_watchdog.rulebook import Rulebook, from_json
 
@@ -134,6 +135,8 @@ class _Reader:
             "held": self._outcome,
             "resumed": self._resumed,
             "notice": self._notice,
+            "question": self._question,
+            "answer": self._answer,
             "blind": self._blind,
             "state": self._state,
         }
@@ -223,6 +226,13 @@ class _Reader:
 
     def _notice(self, run: Run, entry: Mapping[str, Any]) -> None:
         run.notices.append((entry["step"], entry["text"]))
+
+    def _question(self, run: Run, entry: Mapping[str, Any]) -> None:
+        run.notices.append((entry["step"], f"question {entry['number']}: {told(entry)}"))
+
+    def _answer(self, run: Run, entry: Mapping[str, Any]) -> None:
+        what = {True: "yes", False: "no", None: "withdrawn"}[entry["yes"]]
+        run.notices.append((entry["step"], f"question {entry['number']}: {what} ({entry['how']})"))
 
     def _blind(self, run: Run, entry: Mapping[str, Any]) -> None:
         run.blind = [{"rule": rule, "missing": missing, "reason": reason} for rule, missing, reason in entry["rules"]]
