@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from grpo_watchdog.actions import KNOB_ACTIONS, Order
+from grpo_watchdog.actions import KNOB_ACTIONS, Order, Outcome
 from grpo_watchdog.rulebook import Policy
 from grpo_watchdog.watch import Finding
 
@@ -150,6 +150,11 @@ class Approvals:
         self._sink.append({"kind": "answer", "step": step, "number": question.number, "yes": yes, "how": how})
         self._side.settled(question.number)
         self._open = None
+
+
+def refused(order: Order, step: int) -> Outcome:
+    """Return what became of an order that was declined."""
+    return Outcome(step, order.action, None, order.target, order.rule, order.reason, held_back=DECLINED)
 
 
 class Desk:

@@ -9,7 +9,8 @@ from typing import Any
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.metrics import RatioTo
 from grpo_watchdog.rulebook import Rulebook, load
-from grpo_watchdog.watchdog import Watchdog, earlier_session
+from grpo_watchdog.session import earlier_session
+from grpo_watchdog.watchdog import Watchdog
 
 
 def attach(  # noqa: PLR0913 - one keyword for each thing that a loop can hand over

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from grpo_watchdog import briefing, journal
 from grpo_watchdog.actions import Order, Outcome
 from grpo_watchdog.actuation import Actuator
-from grpo_watchdog.approval import DECLINED, Approvals
+from grpo_watchdog.approval import Approvals, refused
 from grpo_watchdog.checkpoints import Ledger
 from grpo_watchdog.controls import Check
 from grpo_watchdog.diagnosis import Diagnosis, Incident
@@ -229,19 +229,17 @@ class Judge:
         self, orders: Sequence[Order], declined: Sequence[Order], seen: Step, findings: Sequence[Finding]
     ) -> list[Outcome]:
         """Execute, learn from the outcomes, and execute what follows from them."""
-        refused = [
-            Outcome(seen.number, o.action, None, o.target, o.rule, o.reason, held_back=DECLINED) for o in declined
-        ]
-        self._learn(refused)
-        self.planner.settle(declined, refused, findings, seen.values)
-        done: list[Outcome] = list(refused)
+        done = [refused(order, seen.number) for order in declined]
+        self._learn(done)
+        self.planner.settle(declined, done, findings, seen.values)
         interrupted: BaseException | None = None
         while orders:
             outcomes, interrupted = self._execute(orders, seen.number, interrupted)
             self._learn(outcomes)
             done += outcomes
-            follow = self.planner.settle(orders, outcomes, findings, seen.values)
-            orders = [] if self._book.policy.mode == "approve" else follow  # what follows was not asked
+            orders = self.planner.settle(orders, outcomes, findings, seen.values)
+            if self._book.policy.mode == "approve":
+                break  # what follows was not asked
         if any(outcome.action != "checkpoint_now" for outcome in done):
             self.note_state()
         if self.planner.halted:

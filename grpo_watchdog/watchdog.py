@@ -21,6 +21,7 @@ from grpo_watchdog.findings import Blind
 from grpo_watchdog.metrics import METRICS, Intake, RatioTo, Step
 from grpo_watchdog.rule import no_such
 from grpo_watchdog.rulebook import Policy, Rulebook, load
+from grpo_watchdog.session import earlier_session
 from grpo_watchdog.verdict import Judge, Verdict
 
 _log = logging.getLogger("grpo_watchdog")
@@ -296,24 +297,3 @@ def _veto(policy: Policy) -> Veto | None:
         return None
     dry = policy.mode == "shadow" or "veto" in policy.shadow
     return Veto(policy.veto.factor, policy.veto.most, dry)
-
-
-def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str, Any] | None:
-    """Return what the plan of an earlier session in this folder remembered, where it is wanted.
-
-    Raises:
-        ConfigurationError: there is one and it is not wanted, or there is none and it is.
-        JournalError: there is one, and it cannot be read.
-    """
-    exists = run_dir is not None and journal.holds_a_run(Path(run_dir))
-    if run_dir is None or not exists:
-        if resume:
-            raise ConfigurationError(f"resume=True, but {run_dir} holds no run; leave resume out to begin one")
-        return None
-    if not resume:
-        raise ConfigurationError(
-            f"{run_dir} already holds a run: pass resume=True to go on from its newest proven checkpoint "
-            "with its doses in force, or choose another run_dir"
-        )
-    plan: Mapping[str, Any] = journal.last_plan(Path(run_dir))
-    return plan

@@ -4,7 +4,7 @@ A task that is being solved gets there step by step, and at its best reward. A r
 number from one step to the next, and a sampler that draws one sample for a whole group leaves the groups different.
 
 In a small batch every group may be flat by chance. How often that happened is this run's own rate, and a stretch counts
-from the length on at which chance would give it once in a hundred thousand batches.
+from the length on at which chance would give it once in a million batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.rule import Number, SingleRule
 
 _ALL = 0.99  # of the groups
-_CHANCE = 1e-5  # of a stretch as long as that
+_CHANCE = 1e-6  # of a stretch as long as that
 _RATE_WINDOW = 128  # batches that the rate is taken from
 
 

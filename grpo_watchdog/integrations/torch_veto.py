@@ -60,7 +60,7 @@ class Baseline:
             self._refused.append(self._steps)
             return _Judged(refused=True, reason=reason)
         self._norms.append(norm)
-        if reason:
+        if norm > _ROOM * self._most and len(self._norms) > _FEWEST:
             self._let = max(self._let, norm)  # it passed all the same: the run may have two scales
         else:
             self._most = max(self._most, norm)
