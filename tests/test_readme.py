@@ -82,6 +82,39 @@ def test_the_page_of_metrics_is_what_the_command_prints(capsys: pytest.CaptureFi
     assert page.endswith(capsys.readouterr().out)
 
 
+POLICIES = {
+    "nobody watches": "none",
+    "**guarded**": "guarded",
+    "documented, verbatim": "documented",
+    "halt at the first alarm": "halt_at_alarm",
+    "random actions": "random",
+    "learning rate / 10 only": "lr_only",
+    "rollback only": "rollback_only",
+    "oracle, which knows the fault": "oracle",
+}
+
+
+def rows_of(name: str, first: str) -> dict[str, list[str]]:
+    """Return the table whose header begins with a word: first cell to the others, without the counts in brackets."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    table = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0]: row[1:] for row in (cells[0], *cells[2:])}
+
+
+def test_the_table_of_policies_is_that_of_the_benchmark() -> None:
+    measured = rows_of("docs/rescue.md", "policy")
+    names = measured.pop("policy")
+    shown = rows_of("README.md", "policy")
+    del shown["policy"]
+    assert set(shown) == set(POLICIES)
+    for title, cells in shown.items():
+        of = {name: cell.split(" ")[0] for name, cell in zip(names, measured[POLICIES[title]], strict=True)}
+        kept = f"{of['no harm: mean']} ({of['5 %']})"
+        wanted = [of["in reach"], of["rescue"], kept, of["false per 20,000"], of["recall"], of["delay"]]
+        assert cells == [*wanted, of["cause right"]], title
+
+
 def test_the_docs_name_every_kind_action_and_policy_field() -> None:
     text = (ROOT / "docs/rulebooks.md").read_text(encoding="utf-8")
     from grpo_watchdog.actions import ACTIONS  # noqa: PLC0415
