@@ -1,6 +1,6 @@
 """The demo over five seeds that were not used to choose its fault: what the watchdog saves, and how long it takes.
 
-python benchmarks/demo.py [--seeds 20 21 22 23 24]
+python benchmarks/demo.py [--seeds 20 21 22 23 24] [--rules guarded]
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
+    parser.add_argument("--rules", default="guarded")
+    options = parser.parse_args()
     print("seed  healthy  unwatched  watched   of healthy: unwatched  watched  rollbacks  seconds")
     unwatched, watched, seconds = list[float](), list[float](), list[float]()
-    for seed in parser.parse_args().seeds:
+    for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as printed:
-            command(["demo", "--json", "--seed", str(seed), "--run-dir", str(Path(folder) / "demo")])
+            run_dir = str(Path(folder) / "demo")
+            command(["demo", "--json", "--seed", str(seed), "--run-dir", run_dir, "--rules", options.rules])
         found = json.loads(printed.getvalue())
         reward = found["final_reward"]
         unwatched.append(reward["unwatched"] / reward["healthy"])
