@@ -14,6 +14,7 @@ from pathlib import Path
 from grpo_watchdog import examples
 from grpo_watchdog.approval import open_question, told, write_answer
 from grpo_watchdog.errors import Problem, RulebookError, WatchdogError
+from grpo_watchdog.journal import holds_a_run
 from grpo_watchdog.metrics import METRICS
 from grpo_watchdog.replay import replay
 from grpo_watchdog.reports import FORMATS, LANGUAGES, read_run
@@ -158,6 +159,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _approve(options: argparse.Namespace) -> int:
+    if not holds_a_run(options.run_dir):
+        raise WatchdogError(f"{options.run_dir} holds no run")
     question = open_question(options.run_dir)
     if question is None:
         print(f"{options.run_dir}: nothing waits for an answer")

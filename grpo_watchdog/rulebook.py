@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -24,6 +24,9 @@ from grpo_watchdog.pages import shipped
 from grpo_watchdog.rule import Doses, MetricName, Model, Number, Positive, Text, no_such
 from grpo_watchdog.scalars import shown
 from grpo_watchdog.yaml_source import Places
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 __all__ = ["Base", "Cause", "Evidence", "Policy", "Rulebook", "from_json", "load", "shipped"]
 
@@ -169,11 +172,7 @@ class Rulebook(Model):
         policy = info.data.get("policy")
         if policy is None:  # it is wrong by itself
             return rules
-        faults = _no_such_shadow(policy.shadow, rules)
-        faults += [no_such("rule", name, rules) for name in policy.harm if name not in rules]
-        asking = [i for i, rule in rules.items() if any("escalate" in level.do for level in rule.ladder)]
-        if asking and not policy.ladder:
-            faults.append(f"rule {asking[0]} asks to escalate, and policy.ladder has no rung")
+        faults = _misfits(policy, rules)
         if faults:
             raise ValueError("; ".join(faults))
         return rules
@@ -196,14 +195,14 @@ class Rulebook(Model):
             ConfigurationError: an option is unknown or cannot be what was given; says what is allowed.
         """
         faults = [no_such("option", name, Policy.model_fields) for name in options if name not in Policy.model_fields]
-        shadow = options.get("shadow", ())
-        faults += _no_such_shadow(shadow if isinstance(shadow, list) else [], self.rules)
         try:
             policy = Policy.model_validate(
                 {**self.policy.model_dump(), **{k: v for k, v in options.items() if k in Policy.model_fields}}
             )
         except ValidationError as error:
-            faults += [f"{f['loc'][0]} is {shown(f['input'])}: {sentence(f['msg'])}" for f in error.errors()]
+            faults += [_told(fault) for fault in error.errors()]
+        else:
+            faults += _misfits(policy, self.rules)
         if faults:
             raise ConfigurationError("; ".join(faults)) from None
         return self.model_copy(update={"policy": policy})
@@ -237,13 +236,24 @@ def from_json(data: object) -> Rulebook:
     return _validate(pages.Page(data, places))
 
 
-def _no_such_shadow(names: Sequence[object], rules: Mapping[str, object]) -> list[str]:
-    """Return what of `shadow` is neither a rule nor an action."""
-    return [
-        no_such("rule or action", str(name), [*ACTIONS, "veto", *rules])
-        for name in names
-        if name not in {*ACTIONS, "veto", *rules}
-    ]
+def _misfits(policy: Policy, rules: Mapping[str, AnyRule]) -> list[str]:
+    """Return what a policy names that is not there, and what rules ask that it has no answer to."""
+    known = [*ACTIONS, "veto", *rules]
+    faults = [no_such("rule or action", name, known) for name in policy.shadow if name not in known]
+    faults += [no_such("rule", name, rules) for name in policy.harm if name not in rules]
+    asking = [rule_id for rule_id, rule in rules.items() if any("escalate" in level.do for level in rule.ladder)]
+    if asking and not policy.ladder:
+        faults.append(f"rule {asking[0]} asks to escalate, and policy.ladder has no rung")
+    return faults
+
+
+def _told(fault: ErrorDetails) -> str:
+    """Return what is wrong with an option, in one sentence."""
+    place, last = ".".join(map(str, fault["loc"])), str(fault["loc"][-1])
+    if fault["type"] == "extra_forbidden":
+        what, allowed = ("action", ACTIONS) if place.startswith("ladder") else ("field", VetoPolicy.model_fields)
+        return f"{place}: {no_such(what, last, allowed)}"
+    return f"{place} is {shown(fault['input'])}: {sentence(fault['msg']).removeprefix('value error, ')}"
 
 
 def _forget_removed(page: pages.Page) -> None:

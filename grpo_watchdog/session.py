@@ -1,13 +1,14 @@
-"""Session: what an earlier one left in a run's folder."""
+"""Session: with what one may begin, and what an earlier one left in a run's folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from grpo_watchdog import journal
 from grpo_watchdog.errors import ConfigurationError
+from grpo_watchdog.metrics import RatioTo
 
 
 def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str, Any] | None:
@@ -29,3 +30,23 @@ def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str,
         )
     plan: Mapping[str, Any] = journal.last_plan(Path(run_dir))
     return plan
+
+
+def refuse_nonsense(ratio_to: object, dims: object, run_dir: object, approve: object) -> None:
+    """Raise a ConfigurationError where an argument is not what it can be; says what is allowed."""
+    if ratio_to not in get_args(RatioTo):
+        raise ConfigurationError(f"ratio_to is {ratio_to!r}; allowed: reference, old")
+    if dims is not None and (type(dims) is not int or dims < 1):
+        raise ConfigurationError(f"dims is {dims!r}; allowed: a whole number above 0")
+    if run_dir is not None and not isinstance(run_dir, str | Path):
+        raise ConfigurationError(f"run_dir is {run_dir!r}; allowed: a path, or None")
+    if approve is not None and not callable(approve):
+        raise ConfigurationError(f"approve is {approve!r}; allowed: a function of the question, or None")
+
+
+def refuse_mode(mode: str, *, resume: bool, answerable: bool) -> None:
+    """Raise a ConfigurationError where a mode cannot work: a shadow that must restore, a question to nobody."""
+    if mode == "shadow" and resume:
+        raise ConfigurationError("mode is shadow, which touches nothing: it cannot restore a run that is resumed")
+    if mode == "approve" and not answerable:
+        raise ConfigurationError("mode is approve, and there is nobody to ask: give approve=, a run_dir, or both")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from grpo_watchdog import briefing, journal
 from grpo_watchdog.actions import Order, Outcome
@@ -21,7 +21,7 @@ from grpo_watchdog.findings import Blind
 from grpo_watchdog.metrics import METRICS, Intake, RatioTo, Step
 from grpo_watchdog.rule import no_such
 from grpo_watchdog.rulebook import Policy, Rulebook, load
-from grpo_watchdog.session import earlier_session
+from grpo_watchdog.session import earlier_session, refuse_mode, refuse_nonsense
 from grpo_watchdog.verdict import Judge, Verdict
 
 _log = logging.getLogger("grpo_watchdog")
@@ -66,10 +66,9 @@ class Watchdog:
         **policy: Any,
     ) -> None:
         """Read the rulebook, look at the model, write the journal's first entry."""
-        _refuse_nonsense(ratio_to, dims, run_dir)
+        refuse_nonsense(ratio_to, dims, run_dir, approve)
         self.book = (rules if isinstance(rules, Rulebook) else load(rules)).with_policy(policy)
-        if resume and self.book.policy.mode == "shadow":
-            raise ConfigurationError("mode is shadow, which touches nothing: it cannot restore a run that is resumed")
+        refuse_mode(self.book.policy.mode, resume=resume, answerable=run_dir is not None or approve is not None)
         self.run_dir = None if run_dir is None else Path(run_dir)
         earlier = earlier_session(self.run_dir, resume=resume)
         controls = NoControls() if controls is None else controls
@@ -280,15 +279,6 @@ class Watchdog:
                 for name, knob in self._actuator.knobs.items():  # settings are those that the run was started with now
                     if isinstance(knob, DialKnob):
                         knob.put_back(owns[name])
-
-
-def _refuse_nonsense(ratio_to: object, dims: object, run_dir: object) -> None:
-    if ratio_to not in get_args(RatioTo):
-        raise ConfigurationError(f"ratio_to is {ratio_to!r}; allowed: reference, old")
-    if dims is not None and (type(dims) is not int or dims < 1):
-        raise ConfigurationError(f"dims is {dims!r}; allowed: a whole number above 0")
-    if run_dir is not None and not isinstance(run_dir, str | Path):
-        raise ConfigurationError(f"run_dir is {run_dir!r}; allowed: a path, or None")
 
 
 def _veto(policy: Policy) -> Veto | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import grpo_watchdog as gw
 from fakes import FakeControls
+from grpo_watchdog.cli import main
 from grpo_watchdog.lab.training import TASKS
 
 OFTEN: dict[str, Any] = {"rules": "guarded", "checkpoint_every": 5, "probation": 5}
@@ -102,3 +104,18 @@ def test_a_state_that_is_not_paused_lets_a_paused_trainer_go(tmp_path: Path) -> 
         assert controls.paused
         dog.load_state_dict(before)
         assert not controls.paused
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"rules": "guarded", "ladder": []}, "asks to escalate, and policy.ladder has no rung"),
+    ({"mode": "approve"}, "nobody to ask"),
+    ({"mode": "approve", "approve": "yes"}, "approve is 'yes'; allowed: a function"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(gw.ConfigurationError, match=said):
+        gw.Watchdog(**given)
+
+
+def test_an_answer_to_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["approve", str(tmp_path), "yes"]) == 1
+    assert "holds no run" in capsys.readouterr().err

@@ -343,6 +343,14 @@ def test_policy_options_replace_the_rulebooks() -> None:
     ({"keep": "3"}, "keep is '3': should be a valid integer"),
     ({"keep": True}, "keep is True: should be a valid integer"),
     ({"probation": 2.5}, "probation is 2.5: should be a valid integer"),
+    ({"shadow": ["reward_drop"]}, "no rule or action is called 'reward_drop'"),
+    ({"harm": ["nope"]}, "no rule is called 'nope'; allowed: "),
+    ({"ladder": [{"lower_lr": 0.1}]}, "ladder.0.lower_lr: no action is called 'lower_lr'; allowed: rollback"),
+    ({"ladder": [{"shrink_clip": 2.0}]}, "ladder is [{'shrink_clip': 2.0}]: shrink_clip takes a factor of at most 1"),
+    ({"ladder": [{"escalate": True}]}, "ladder is [{'escalate': True}]: a rung names what to do"),
+    ({"veto": {"factor": 2}}, "veto.factor is 2: should be greater than or equal to 10"),
+    ({"veto": {"factr": 20}}, "veto.factr: no field is called 'factr'; did you mean factor?"),
+    ({"mode": "shado"}, "mode is 'shado': should be 'act', 'shadow' or 'approve'"),
     ({"zzz": 1}, "no option is called 'zzz'; allowed: on_divergence, targets, checkpoint_every,"),
 ])  # fmt: skip
 def test_a_bad_option_says_its_name_what_was_given_and_what_is_allowed(options: dict[str, Any], said: str) -> None:
