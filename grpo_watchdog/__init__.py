@@ -2,6 +2,7 @@
 
 from grpo_watchdog.actions import Outcome
 from grpo_watchdog.attach import attach
+from grpo_watchdog.callback import WatchdogCallback
 from grpo_watchdog.controls import Check, Controls, Dial, Knob, attr, item
 from grpo_watchdog.diagnosis import Incident
 from grpo_watchdog.errors import (
@@ -9,6 +10,7 @@ from grpo_watchdog.errors import (
     ConfigurationError,
     DamagedError,
     JournalError,
+    RestartError,
     RulebookError,
     WatchdogError,
 )
@@ -35,12 +37,14 @@ __all__ = [
     "Metric",
     "Outcome",
     "Policy",
+    "RestartError",
     "Rulebook",
     "RulebookError",
     "Run",
     "Step",
     "Verdict",
     "Watchdog",
+    "WatchdogCallback",
     "WatchdogError",
     "attach",
     "attr",

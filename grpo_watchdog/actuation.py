@@ -14,8 +14,10 @@ from typing import Any, Protocol
 
 from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS, Order, Outcome
 from grpo_watchdog.approval import Desk, Side
-from grpo_watchdog.checkpoints import Vault
+from grpo_watchdog.checkpoints import Vault, step_of
 from grpo_watchdog.controls import Check, Controls, Knob
+from grpo_watchdog.drill import DrillReport, Proof
+from grpo_watchdog.errors import RestartError
 from grpo_watchdog.metrics import METRICS
 
 _log = logging.getLogger("grpo_watchdog")
@@ -172,13 +174,15 @@ class Actuation:
             except Exception as error:  # noqa: BLE001 - damaged, or it does not fit: the next one may
                 failures.append(f"{checkpoint}: {error}")
                 _log.warning("rollback to %s failed: %s", checkpoint, error)
+                if isinstance(error, RestartError):  # so would any other
+                    break
                 continue
             for knob in self.knobs.values():  # the doses on top of what was restored
                 try:
                     knob.check()
                 except Exception as error:  # noqa: BLE001 - said again when it is read back on the next observation
                     _log.warning("%s after the rollback: %s", knob.where, error)
-            after = float(checkpoint.rsplit("-step-", 1)[1])
+            after = float(step_of(checkpoint))
             reason = "; ".join([order.reason, *(f"passed over {f}" for f in failures)])
             return Outcome(step, order.action, float(step), after, order.rule, reason, detail=checkpoint)
         detail = "; ".join(failures) or "there is no checkpoint to go to"
@@ -199,6 +203,13 @@ class Actuation:
                 self._say_once("stamp", f"checkpoint {checkpoint} cannot be stamped as proven: {error}")
         for checkpoint in gone:
             self._vault.delete(checkpoint)
+
+    def drill(self, loss: Callable[[], Any] | None) -> DrillReport:
+        """Prove on the trainer what can be proven."""
+        drill = getattr(self._controls, "drill", None)
+        if drill is None:
+            return DrillReport((Proof("drill", "unproven", "this trainer offers nothing to try it on", 0.0),))
+        return DrillReport(tuple(drill(loss)))
 
     def ask(self, question: Mapping[str, Any]) -> None:
         """Put a question to the user."""
@@ -245,7 +256,7 @@ class Actuation:
             return outcome._replace(after=float(step), detail=detail, held_back="")
         if order.action == "rollback" and order.checkpoints:
             target = order.checkpoints[0]
-            after = float(target.rsplit("-step-", 1)[1])
+            after = float(step_of(target))
             return outcome._replace(before=float(step), after=after, detail=target)
         return outcome
 

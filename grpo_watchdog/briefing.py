@@ -37,7 +37,14 @@ def settings(book: Rulebook, bases: Mapping[str, float]) -> list[str]:
 
 
 def caveats(
-    book: Rulebook, bases: Mapping[str, float], *, restorable: bool, ratio_to: RatioTo, dims: int | None
+    book: Rulebook,
+    bases: Mapping[str, float],
+    *,
+    restorable: bool,
+    ratio_to: RatioTo,
+    dims: int | None,
+    by_hand: bool = True,
+    only_watches: bool = False,
 ) -> list[str]:
     """Return what cannot be done, and what should be known before the run begins.
 
@@ -47,24 +54,24 @@ def caveats(
         restorable: whether checkpoints can be taken and restored.
         ratio_to: the policy that the surrogate ratio is taken to.
         dims: dimensions that a log-prob is summed over, where known.
+        by_hand: whether the user hands over the knobs and the metrics; an integration that does so itself need not be
+            told which are of use.
+        only_watches: whether the trainer offers nothing to turn and nothing to restore.
     """
+    if only_watches:
+        line = "nothing was handed over that could be turned or restored: this watchdog only watches"
+        return [line, *_units(dims), *_other_pair(ratio_to)]
     wanted = {action for rule in book.rules.values() for level in rule.ladder for action in level.do}
     if "escalate" in wanted:
         wanted |= {action for rung in book.policy.ladder for action in rung}
     return [
         *_missing(wanted, bases),
-        *_idle(wanted, bases, book),
+        *(_idle(wanted, bases, book) if by_hand else ()),
         *_no_way_back(wanted, restorable=restorable, checkpoint_every=book.policy.checkpoint_every),
         *_units(dims),
-        *_other_pair(ratio_to),
+        *(_other_pair(ratio_to) if by_hand else ()),
         *(_far_off(book, bases) if book.policy.targets == "absolute" else _from_zero(bases)),
     ]
-
-
-def watching_only(*, ratio_to: RatioTo, dims: int | None) -> list[str]:
-    """Return what is said where a trainer offers nothing to turn and nothing to restore."""
-    line = "nothing was handed over that could be turned or restored: this watchdog only watches"
-    return [line, *_units(dims), *_other_pair(ratio_to)]
 
 
 def headline(incident: Incident, book: Rulebook) -> str:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from grpo_watchdog.errors import CheckpointError, DamagedError
 
-_MANIFEST, _PROVEN, _MEMORY = "manifest.json", "proven", "watchdog.json"
+_MANIFEST, _PROVEN, MEMORY = "manifest.json", "proven", "watchdog.json"
 _SCHEMA = 1
 _ID = re.compile(r"ckpt-(\d+)-step--?\d+")
+_STEP, _SERIAL = re.compile(r"-(-?\d+)$"), re.compile(r"-(\d+)")
 _log = logging.getLogger("grpo_watchdog")
 
 
@@ -29,7 +30,7 @@ class Checkpoint(NamedTuple):
     """One checkpoint.
 
     Attributes:
-        id: the name of its folder; unique in a run, ascending in the order of saving.
+        id: the name of its folder; unique in a run, its first number ascending in the order of saving.
         step: the step after which it was taken.
         healthy: healthy observations since.
         proven: whether there were enough of them.
@@ -43,6 +44,20 @@ class Checkpoint(NamedTuple):
     proven: bool
     memory: dict[str, Any]
     born: int = 0
+
+
+def step_of(checkpoint_id: str) -> int:
+    """Return the step that a checkpoint's id ends in."""
+    found = _STEP.search(checkpoint_id)
+    if found is None:
+        raise DamagedError(f"{checkpoint_id} is not the name of a checkpoint")
+    return int(found[1])
+
+
+def serial(checkpoint_id: str) -> int:
+    """Return the number by which checkpoints of one run are ordered, whoever names them."""
+    found = _SERIAL.search(checkpoint_id)
+    return int(found[1]) if found else -1
 
 
 class Ledger:
@@ -155,13 +170,8 @@ class Vault:
             self._sweep()
             temporary.mkdir()
             write(temporary)
-            (temporary / _MEMORY).write_text(json.dumps(memory))
-            files = {p.name: _fingerprint(p) for p in sorted(temporary.iterdir())}
-            manifest = {"schema": _SCHEMA, "step": step, "files": files}
-            (temporary / _MANIFEST).write_text(json.dumps({**manifest, "seal": _seal(manifest)}))
-            for path in temporary.iterdir():
-                _sync(path)
-            _sync(temporary)
+            (temporary / MEMORY).write_text(json.dumps(memory))
+            self.seal(temporary, step, {p.name: p for p in temporary.iterdir()})
             temporary.rename(self.folder / checkpoint_id)
             self._saved.add(checkpoint_id)
             _sync(self.folder)
@@ -181,7 +191,7 @@ class Vault:
         """
         folder = self.folder / checkpoint_id
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text())
+            manifest = json.loads((self.marks(checkpoint_id) / _MANIFEST).read_text())
             if manifest.pop("seal") != _seal(manifest):
                 raise DamagedError(f"checkpoint {checkpoint_id}: {_MANIFEST} is not what was written")
             for name, expected in manifest["files"].items():
@@ -191,9 +201,20 @@ class Vault:
             raise DamagedError(f"checkpoint {checkpoint_id}: {type(error).__name__}: {error}") from error
         return folder
 
+    def marks(self, checkpoint_id: str) -> Path:
+        """Return the folder in which the manifest, the stamp and the watchdog's own memory lie."""
+        return self.folder / checkpoint_id
+
+    def seal(self, marks: Path, step: int, files: Mapping[str, Path]) -> None:
+        """Write the manifest over these files, and have all of it on the disk."""
+        manifest = {"schema": _SCHEMA, "step": step, "files": {n: _fingerprint(p) for n, p in sorted(files.items())}}
+        (marks / _MANIFEST).write_text(json.dumps({**manifest, "seal": _seal(manifest)}))
+        for path in (*files.values(), marks / _MANIFEST, marks):
+            _sync(path)
+
     def stamp(self, checkpoint_id: str) -> None:
         """Mark a checkpoint as proven, on disk."""
-        mark = self.folder / checkpoint_id / _PROVEN
+        mark = self.marks(checkpoint_id) / _PROVEN
         mark.touch()
         _sync(mark.parent)
 
@@ -217,11 +238,12 @@ class Vault:
         """
         found, damaged = list[Checkpoint](), list[str]()
         for checkpoint_id in self._ids():
-            if (self.folder / checkpoint_id / _PROVEN).exists():
+            marks = self.marks(checkpoint_id)
+            if (marks / _PROVEN).exists():
                 try:
-                    folder = self.verify(checkpoint_id)
-                    step = json.loads((folder / _MANIFEST).read_text())["step"]
-                    memory = json.loads((folder / _MEMORY).read_text())
+                    self.verify(checkpoint_id)
+                    step = json.loads((marks / _MANIFEST).read_text())["step"]
+                    memory = json.loads((marks / MEMORY).read_text())
                 except (DamagedError, OSError, ValueError, KeyError) as error:
                     _log.warning("passed over: %s", error)
                     damaged.append(str(error))

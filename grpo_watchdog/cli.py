@@ -13,6 +13,7 @@ from pathlib import Path
 
 from grpo_watchdog import examples
 from grpo_watchdog.approval import open_question, told, write_answer
+from grpo_watchdog.drill import of_script
 from grpo_watchdog.errors import Problem, RulebookError, WatchdogError
 from grpo_watchdog.journal import holds_a_run
 from grpo_watchdog.metrics import METRICS
@@ -22,6 +23,7 @@ from grpo_watchdog.rulebook import Rulebook, load, shipped
 
 EXIT = {"ok": 0, "notice": 0, "warning": 10, "critical": 20}
 UNUSABLE = 1
+UNDRILLED = 2
 _SHOWN = 20  # differences of a replay that are printed
 
 
@@ -158,6 +160,17 @@ def _bench(options: argparse.Namespace) -> int:
     )
 
 
+def _drill(options: argparse.Namespace) -> int:
+    if not options.script.is_file():
+        raise WatchdogError(f"{options.script} is no file")
+    report, what = of_script(options.script, options.arguments)
+    if report is None:
+        print(f"grpo-watchdog: {options.script}: no drill: {what}", file=sys.stderr)
+        return UNDRILLED
+    print(json.dumps(report.as_json(), indent=2) if options.json else report)
+    return 0 if report.passed else UNUSABLE
+
+
 def _approve(options: argparse.Namespace) -> int:
     if not holds_a_run(options.run_dir):
         raise WatchdogError(f"{options.run_dir} holds no run")
@@ -196,6 +209,18 @@ def _parser() -> argparse.ArgumentParser:
     approve.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     approve.add_argument("answer", nargs="?", choices=("yes", "no"), help="left out: only show the question")
     approve.set_defaults(run=_approve)
+
+    drill = commands.add_parser(
+        "drill",
+        help="prove on a training script that every dose, veto and rollback works, before the real run",
+        description="Runs the script up to where its training begins and tries everything there; exit code 0 where "
+        "nothing failed, 1 where something did, 2 where the script never got there. The watchdog's files go to a "
+        "temporary folder; what the script itself writes before that, it writes.",
+    )
+    drill.add_argument("--json", action="store_true", help="print the proofs as JSON")
+    drill.add_argument("script", type=Path, metavar="SCRIPT")
+    drill.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    drill.set_defaults(run=_drill)
 
     report = commands.add_parser("report", help="what happened in a run, why, and what to do next")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from grpo_watchdog.dials import Dial, attr, dial, item, number
 
-__all__ = ["Check", "Controls", "Dial", "DialKnob", "Knob", "NoControls", "Veto", "attr", "dial", "item"]
+__all__ = ["Check", "Controls", "Dial", "DialKnob", "Knob", "NoControls", "Scheduled", "Veto", "attr", "dial", "item"]
 
 
 class Knob(Protocol):
@@ -48,6 +48,15 @@ class Knob(Protocol):
 
     def lifted(self) -> AbstractContextManager[None]:
         """Return a context in which the value is the user's own: what a checkpoint holds is never our dose."""
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A knob whose own value follows a schedule, and can go on doing so below a ceiling."""
+
+    def follow(self) -> None:
+        """Keep the schedule's shape below the ceiling that is held: somebody multiplied it."""
         ...
 
 
@@ -133,6 +142,17 @@ class DialKnob:
             yield
         finally:
             self._apply(limit)
+
+    def as_it_is(self) -> tuple[float, dict[str, Any]]:
+        """Return what is there, and what this knob remembers of it."""
+        return self._dial.read(), dict(vars(self))
+
+    def put_as_it_was(self, state: tuple[float, dict[str, Any]]) -> None:
+        """Put both back."""
+        there, remembered = state
+        if self._dial.read() is not there:
+            self._dial.write(there)
+        vars(self).update(remembered)
 
     def _apply(self, limit: float) -> None:
         safe = self._own <= limit if self._ceiling else self._own >= limit  # NaN is on no safe side

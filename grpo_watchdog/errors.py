@@ -4,7 +4,8 @@ WatchdogError
 ├── ConfigurationError      an option, a knob or a handed-over object cannot be used
 │   └── RulebookError       a rulebook cannot be used; lists every problem as file:line:column
 ├── CheckpointError         a checkpoint cannot be written, trusted or restored
-│   └── DamagedError        what lies on disk is not what was written
+│   ├── DamagedError        what lies on disk is not what was written
+│   └── RestartError        this trainer goes back to a checkpoint only when it is started anew
 └── JournalError            a journal cannot be read
 
 Bad configuration raises. Trouble in the run is returned in a verdict, and an action that failed is an
@@ -56,6 +57,10 @@ class CheckpointError(WatchdogError):
 
 class DamagedError(CheckpointError):
     """What lies on disk is not what was written: a hash, a size or a file does not match."""
+
+
+class RestartError(CheckpointError):
+    """This trainer cannot be put back while it runs; it can be started anew from that checkpoint."""
 
 
 class JournalError(WatchdogError):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_watchdog.actions import KNOB_ACTIONS, Order
-from grpo_watchdog.checkpoints import Checkpoint, Ledger
+from grpo_watchdog.checkpoints import Checkpoint, Ledger, serial
 from grpo_watchdog.dose import Dose, Want
 from grpo_watchdog.rulebook import Policy
 
@@ -110,8 +110,10 @@ class Ladder:
         newest = ledger.choices(older_than=want.age)
         last = self._rollbacks[-1] if self._rollbacks else None
         again = last is not None and now - last[0] <= self._policy.recur_within
-        if again and last and newest and newest[0].id <= last[1]:  # nothing was proven since: that checkpoint failed
-            return newest, [c for c in newest if c.id < last[1]]
+        if (
+            again and last and newest and serial(newest[0].id) <= serial(last[1])
+        ):  # none was proven since: that one failed
+            return newest, [c for c in newest if serial(c.id) < serial(last[1])]
         return newest, newest
 
     def _no_way(self, newest: Sequence[Checkpoint], deeper: Sequence[Checkpoint], now: int) -> str:

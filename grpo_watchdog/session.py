@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from grpo_watchdog import journal
+from grpo_watchdog.controls import Veto
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.metrics import RatioTo
+from grpo_watchdog.rulebook import Policy
 
 
 def earlier_session(run_dir: str | Path | None, *, resume: bool) -> Mapping[str, Any] | None:
@@ -50,3 +52,11 @@ def refuse_mode(mode: str, *, resume: bool, answerable: bool) -> None:
         raise ConfigurationError("mode is shadow, which touches nothing: it cannot restore a run that is resumed")
     if mode == "approve" and not answerable:
         raise ConfigurationError("mode is approve, and there is nobody to ask: give approve=, a run_dir, or both")
+
+
+def veto_of(policy: Policy) -> Veto | None:
+    """Return which optimizer steps are to be vetoed; in shadow they are only counted."""
+    if policy.veto is None:
+        return None
+    dry = policy.mode == "shadow" or "veto" in policy.shadow
+    return Veto(policy.veto.factor, policy.veto.most, dry)

@@ -276,8 +276,9 @@ class Judge:
                 self._rolled_back(outcome.detail, int(outcome.after))
 
     def _rolled_back(self, checkpoint: str, step: int) -> None:
-        target = next(c for c in self.ledger.entries if c.id == checkpoint)
-        newer = [c.id for c in self.ledger.entries if c.id > checkpoint]  # damaged, unproven, or trouble came back
+        place = next(i for i, c in enumerate(self.ledger.entries) if c.id == checkpoint)
+        target = self.ledger.entries[place]
+        newer = [c.id for c in self.ledger.entries[place + 1 :]]  # damaged, unproven, or trouble came back
         self.ledger.drop(newer)
         self._actuator.settle_checkpoints([], newer)
         self.findings.load_state_dict(target.memory)

@@ -15,13 +15,14 @@ from grpo_watchdog.actions import Order, Outcome
 from grpo_watchdog.actuation import Actuation
 from grpo_watchdog.approval import Asker, Desk
 from grpo_watchdog.checkpoints import Vault
-from grpo_watchdog.controls import Controls, DialKnob, NoControls, Veto
+from grpo_watchdog.controls import Controls, DialKnob, NoControls
+from grpo_watchdog.drill import DrillReport
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.findings import Blind
 from grpo_watchdog.metrics import METRICS, Intake, RatioTo, Step
 from grpo_watchdog.rule import no_such
-from grpo_watchdog.rulebook import Policy, Rulebook, load
-from grpo_watchdog.session import earlier_session, refuse_mode, refuse_nonsense
+from grpo_watchdog.rulebook import Rulebook, load
+from grpo_watchdog.session import earlier_session, refuse_mode, refuse_nonsense, veto_of
 from grpo_watchdog.verdict import Judge, Verdict
 
 _log = logging.getLogger("grpo_watchdog")
@@ -44,6 +45,8 @@ class Watchdog:
         listeners: called after every observation with the step and the verdict.
         approve: in the mode "approve", asked before anything is done: given the question (a dict of number, step,
             within and orders), it returns True, False, or None for not yet. Files in run_dir/approve do the same.
+        vault: where checkpoints are kept, where that is not run_dir/checkpoints.
+        said: what the integration has to say at attach, beside the briefing.
         **policy: any field of the rulebook's policy: mode ("act", "shadow", "approve"), shadow, on_divergence,
             checkpoint_every, probation, recover_after, rollback_budget, targets ...
 
@@ -52,7 +55,7 @@ class Watchdog:
         RulebookError: the rulebook cannot be used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword for each thing that a loop or an integration hands over
         self,
         rules: str | Path | Rulebook = "documented",
         controls: Controls | None = None,
@@ -63,6 +66,8 @@ class Watchdog:
         resume: bool = False,
         listeners: Sequence[Listener] = (),
         approve: Asker | None = None,
+        vault: Vault | None = None,
+        said: Sequence[str] = (),
         **policy: Any,
     ) -> None:
         """Read the rulebook, look at the model, write the journal's first entry."""
@@ -72,37 +77,32 @@ class Watchdog:
         self.run_dir = None if run_dir is None else Path(run_dir)
         earlier = earlier_session(self.run_dir, resume=resume)
         controls = NoControls() if controls is None else controls
-        vault = None if self.run_dir is None else Vault(self.run_dir / "checkpoints")
+        if vault is None and self.run_dir is not None:
+            vault = Vault(self.run_dir / "checkpoints")
         manner, desk = self.book.policy, Desk(self.run_dir, approve)
-        self._actuator = Actuation(
-            controls,
-            vault,
-            self._memory,
-            desk=desk,
-            shadow=manner.shadow,
-            shadow_all=manner.mode == "shadow",
-        )
+        in_shadow = manner.mode == "shadow"
+        self._actuator = Actuation(controls, vault, self._memory, desk=desk, shadow=manner.shadow, shadow_all=in_shadow)
         try:
             self._journal = journal.Journal(self.run_dir)
         except OSError as error:
             raise ConfigurationError(f"run_dir {self.run_dir} cannot be written: {error.strerror}") from error
         bases = {name: knob.base() for name, knob in controls.knobs.items()}
         restorable = vault is not None and controls.restorable
-        controls.arm(_veto(self.book.policy))
+        controls.arm(veto_of(self.book.policy))
         intake = Intake(ratio_to, dims)
         self._judge = Judge(self.book, self._actuator, self._journal, intake=intake, bases=bases, restorable=restorable)
         self._judge.approvals.count_from(desk.clear())
         self._listeners = list(listeners)
-        levels = briefing.settings(self.book, bases)
-        if isinstance(controls, NoControls):
-            caveats = briefing.watching_only(ratio_to=ratio_to, dims=dims)
-        else:
-            caveats = briefing.caveats(self.book, bases, restorable=restorable, ratio_to=ratio_to, dims=dims)
+        self._bases, self._restorable = bases, restorable
         self.resumed_from: int | None = None
+        blank = isinstance(controls, NoControls) and not bases
+        offers = {"restorable": restorable, "only_watches": blank, "by_hand": not said}
+        caveats = briefing.caveats(self.book, bases, ratio_to=ratio_to, dims=dims, **offers)
+        caveats += said
         if earlier is not None and vault is not None:
             caveats += self._take_over(earlier, vault)
+        levels = briefing.settings(self.book, bases)
         self.briefing = [*levels, *caveats]
-        self._bases, self._restorable = bases, restorable
         self._note_start()
         for line in levels:
             _log.info("%s", line)
@@ -171,9 +171,27 @@ class Watchdog:
         except Exception:  # noqa: BLE001 - nothing inside the watchdog may break the training
             _log.exception("the watchdog failed inside expect; the run goes on")
 
+    def drill(self, loss: Callable[[], Any] | None = None) -> DrillReport:
+        """Prove on this training that every dose takes and lifts and a checkpoint restores; leave it as it was.
+
+        `loss` computes one loss of one batch with its gradients, as the loop does, from samples drawn a few updates ago
+        (at ratios of 1 no clip shows); a Trainer computes its own. The report prints as a table.
+        """
+        return self._actuator.drill(loss)
+
     def blind(self) -> tuple[Blind, ...]:
         """Return the rules that cannot see, what they miss, and why."""
         return self._judge.findings.blind()
+
+    @property
+    def newest_proven(self) -> str | None:
+        """Return the id of the checkpoint that a rollback would go to, or None while none is proven."""
+        return next((checkpoint.id for checkpoint in self._judge.ledger.choices()), None)
+
+    @property
+    def wants_checkpoints(self) -> bool:
+        """Return whether one that is taken now would be kept: not in shadow, nor while many wait for proof."""
+        return self.book.policy.mode != "shadow" and self._judge.ledger.waiting() <= self.book.policy.keep
 
     @property
     def halted(self) -> str:
@@ -279,11 +297,3 @@ class Watchdog:
                 for name, knob in self._actuator.knobs.items():  # settings are those that the run was started with now
                     if isinstance(knob, DialKnob):
                         knob.put_back(owns[name])
-
-
-def _veto(policy: Policy) -> Veto | None:
-    """Return which optimizer steps are to be vetoed; in shadow they are only counted."""
-    if policy.veto is None:
-        return None
-    dry = policy.mode == "shadow" or "veto" in policy.shadow
-    return Veto(policy.veto.factor, policy.veto.most, dry)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from grpo_watchdog.controls import Knob
+from grpo_watchdog.controls import Knob, Scheduled
 
 
 class Order(NamedTuple):
@@ -139,6 +139,8 @@ class KnobAction:
             else:
                 assert order.target is not None
                 knob.hold(order.target)
+                if order.rung >= 0 and isinstance(knob, Scheduled):  # held at what it was: and that had a shape
+                    knob.follow()
             after = float(knob.read())
         except Exception as error:  # noqa: BLE001 - a trainer's own setter may raise anything
             detail = f"{knob.where}: {type(error).__name__}: {error}"

@@ -31,6 +31,8 @@ class ModelChecks:
         every: optimizer steps between measurements of `param_change`; 0 measures none.
     """
 
+    REMEMBERS = ("_steps", "_change", "_before")
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -38,10 +40,12 @@ class ModelChecks:
         reference: torch.nn.Module | None,
         finite: FiniteCheck,
         every: int,
+        *,
+        freezes: bool = True,
     ) -> None:
         """Take the fingerprints of now."""
         self._model, self._optimizer, self._reference = model, optimizer, reference
-        self._finite = finite
+        self._finite, self._freezes = finite, freezes
         self._fingerprint = _fingerprint(reference)
         self._trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         self._every, self._steps = every, 0
@@ -82,7 +86,7 @@ class ModelChecks:
         faults = []
         if reference is self._model or any(p.data_ptr() in mine for p in reference.parameters()):
             faults.append("it is the policy itself, or shares trained weights with it")
-        if any(p.requires_grad for p in reference.parameters()):
+        if self._freezes and any(p.requires_grad for p in reference.parameters()):
             faults.append("it is not frozen (requires_grad)")
         if any(module.training for module in reference.modules()):
             faults.append("it is in train mode, not eval")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from grpo_watchdog.controls import Check, DialKnob, Knob, Veto, dial
+from grpo_watchdog.drill import Proof
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.integrations.torch_checks import ModelChecks
+from grpo_watchdog.integrations.torch_drill import drill
 from grpo_watchdog.integrations.torch_finite import FiniteCheck
 from grpo_watchdog.integrations.torch_lr import LearningRateCeiling
-from grpo_watchdog.integrations.torch_state import KNOBS, Part, TrainingState, part
+from grpo_watchdog.integrations.torch_snapshot import Subject
+from grpo_watchdog.integrations.torch_state import KNOBS, Part, TrainingState, knob_settings, part
 from grpo_watchdog.integrations.torch_tripwires import Tripwires
 from grpo_watchdog.integrations.torch_veto import GradientVeto
 
@@ -32,6 +36,8 @@ class TorchControls:
         data: what decides which data comes next, by name; a restore may leave it where it is.
         check_every: optimizer steps between measurements of the weights.
         tripwires: watch on every optimizer step that nothing else writes the weights, the moments or the reference.
+        read_norm: brings a gradient norm to the host, where an armed veto looks at it.
+        freezes: whether a frozen reference is one that requires no gradient: not where it is only run without one.
 
     Raises:
         ConfigurationError: something handed over is not what it should be; says what and what is allowed.
@@ -52,6 +58,8 @@ class TorchControls:
         data: Mapping[str, Any] | None = None,
         check_every: int = 50,
         tripwires: bool = False,
+        read_norm: Callable[[torch.Tensor], float] = float,
+        freezes: bool = True,
     ) -> None:
         """Check what was handed over, and hook onto the optimizer."""
         if not isinstance(model, torch.nn.Module):
@@ -62,13 +70,14 @@ class TorchControls:
             raise ConfigurationError(f"reference must be a torch.nn.Module, not {type(reference).__name__}")
         lasting, passing = _parts(scheduler, scaler, state, data)
         turned = {name: dial(spec, name) for name, spec in (knobs or {}).items() if spec is not None}
-        finite = FiniteCheck(model, optimizer)
+        self._finite = finite = FiniteCheck(model, optimizer)
         own = {name: DialKnob(spec, "max" if name == "kl_coef" else "min") for name, spec in turned.items()}
         if own:  # after all others: these may be places in one of them
-            lasting.append(_settings(own))
+            lasting.append(knob_settings(own))
+        self._model, self._optimizer = model, optimizer
         self._state = TrainingState(model, optimizer, lasting, finite, passing)
-        self._checks = ModelChecks(model, optimizer, reference, finite, check_every)
-        self._veto = GradientVeto(optimizer)
+        self._checks = ModelChecks(model, optimizer, reference, finite, check_every, freezes=freezes)
+        self._veto = GradientVeto(optimizer, read_norm)
         self._tripwires = Tripwires(optimizer, reference) if tripwires else None
         self.knobs: dict[str, Knob] = {}
         self._ceiling = LearningRateCeiling(optimizer) if LearningRateCeiling.fits(optimizer) else None
@@ -96,7 +105,13 @@ class TorchControls:
         finally:
             if self._tripwires is not None:
                 self._tripwires.rearm()
+        self._rewound()
+
+    def _rewound(self) -> None:
+        """Take note that the last steps were undone."""
         self._veto.rewound()
+        if self._ceiling is not None:
+            self._ceiling.rewound()
 
     def inspect(self) -> list[Check]:
         """Look at the reference, the trainable set, the weights and the optimizer state."""
@@ -122,6 +137,41 @@ class TorchControls:
         """Take weights, moments and reference as they are now: they were written on purpose."""
         if self._tripwires is not None:
             self._tripwires.rebase()
+
+    def drill(self, loss: Callable[[], Any] | None) -> list[Proof]:
+        """Prove every dose on this training."""
+        parts = self._state.everything()
+        scheduled = any(p.name.startswith("scheduler") for p in parts)
+        with self._looking_away():
+            return drill(self._drilled(parts, self.save, self.restore, scheduled=scheduled), loss)
+
+    def _drilled(
+        self,
+        parts: Sequence[Part],
+        save: Callable[[Path], object],
+        restore: Callable[[Path], object],
+        *,
+        scheduled: bool,
+    ) -> Subject:
+        """Return what is drilled, with what looks on."""
+        memories: list[tuple[object, tuple[str, ...]]] = [
+            (self._veto, GradientVeto.REMEMBERS),
+            (self._checks, ModelChecks.REMEMBERS),
+        ]
+        if self._ceiling is not None:
+            memories.append((self._ceiling, LearningRateCeiling.REMEMBERS))
+        return Subject(
+            self._model, self._optimizer, parts, self.knobs, self._veto, save, restore, memories, scheduled=scheduled
+        )
+
+    @contextmanager
+    def _looking_away(self) -> Iterator[None]:
+        """Have the tripwires see nothing meanwhile."""
+        if self._tripwires is None:
+            yield
+            return
+        with self._tripwires.asleep():
+            yield
 
     def pause(self, *, on: bool) -> None:
         """Skip every optimizer step from now on, or none any more."""
@@ -150,14 +200,3 @@ def _parts(
         taken |= set(given or {})
     lasting = [part(name, owner) for name, owner in {**named, **(state or {})}.items()]
     return lasting, [part(name, owner) for name, owner in (data or {}).items()]
-
-
-def _settings(knobs: Mapping[str, DialKnob]) -> Part:
-    """Return the part for the user's own values of the knobs, never our doses."""
-
-    def put(values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            if name in knobs:  # one more or less than when the checkpoint was taken
-                knobs[name].put_back(value)
-
-    return Part(KNOBS, lambda: {name: knob.own() for name, knob in knobs.items()}, put)

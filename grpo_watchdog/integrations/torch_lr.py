@@ -37,6 +37,8 @@ class LearningRateCeiling:
         optimizer: any torch optimizer, the inner one where it is wrapped. Tensor-valued rates are clamped in place.
     """
 
+    REMEMBERS = ("_ceiling", "_follows", "_anchors", "_asked", "_last", "_trouble", "_quiet", "_usual")
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         """Register the hooks; they do nothing until a ceiling is held."""
         self.where = f"{type(optimizer).__name__}, {len(optimizer.param_groups)} parameter groups"
@@ -44,8 +46,12 @@ class LearningRateCeiling:
         self._bases = [_base(group) for group in optimizer.param_groups]
         self._largest = max(self._bases)
         self._ceiling: float | None = None
+        self._follows = False
+        self._anchors: list[float | None] = []  # what each group asked for when the ceiling first cut it
         self._lowered: list[_Lowered] = []
         self._trouble = ""
+        self._asked: list[float] = []  # what each group had when the last step began
+        self._last: list[float] = []  # and the one before that
         self._quiet = 0  # observations since the last step: `read` is called once an observation or a little more
         self._usual = 0  # the most of them that lay between two steps
         earlier = getattr(optimizer, _MARK, None)
@@ -65,16 +71,19 @@ class LearningRateCeiling:
         return all(isinstance(g.get("lr"), int | float | torch.Tensor) for g in optimizer.param_groups)
 
     def read(self) -> float:
-        """Return the largest rate that the next step will use."""
+        """Return the largest rate that the last step used, or that the next one will, whichever is larger.
+
+        Somebody may write a rate just before each step, and a scheduler put another in its place just after.
+        """
         self._quiet += 1
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        rates = self._rates()
         if self._ceiling is not None:
-            rates = [min(self._limit(index), rate) for index, rate in enumerate(rates)]
+            rates = [self._capped(index, rate) for index, rate in enumerate(rates)]
         return max(rates)
 
     def own(self) -> float:
-        """Return the largest rate that the schedule asks for, whatever the ceiling."""
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+        """Return the largest rate that the schedule asks for, whatever the ceiling; on the last step or now."""
+        return max(self._rates())
 
     def base(self) -> float:
         """Return the largest rate at attach: what its scheduler starts from or goes up to, where there is one."""
@@ -86,7 +95,15 @@ class LearningRateCeiling:
 
     def release(self) -> None:
         """Take the cap off."""
-        self._ceiling = None
+        self._ceiling, self._follows, self._anchors = None, False, []
+
+    def follow(self) -> None:
+        """Keep the schedule's shape below the ceiling, in proportion, from where it first exceeds it.
+
+        A schedule that somebody multiplied still decays: held flat, a rate that suited the middle of a run would stay
+        to its end. It is let go where the schedule falls to half within one step: the multiplied one is gone.
+        """
+        self._follows = True
 
     def check(self) -> str | None:
         """Return why the steps since were not capped: a hook that rewrites, or an optimizer that does not step."""
@@ -110,6 +127,14 @@ class LearningRateCeiling:
         for handle in self._handles:
             handle.remove()
 
+    def rewound(self) -> None:
+        """Forget what the last step asked for: it was undone."""
+        self._asked = []
+
+    def _rates(self) -> list[float]:
+        now = [float(group["lr"]) for group in self._optimizer.param_groups]
+        return [max(pair) for pair in zip(now, self._asked, strict=True)] if len(now) == len(self._asked) else now
+
     def _limit(self, index: int) -> float:
         assert self._ceiling is not None
         for group in self._optimizer.param_groups[len(self._bases) :]:  # added since
@@ -117,10 +142,31 @@ class LearningRateCeiling:
         base = self._bases[index]
         return self._ceiling * min(1.0, base / self._largest) if base > 0 and self._largest > 0 else self._ceiling
 
+    def _capped(self, index: int, rate: float) -> float:
+        """Return what a step may use of a rate; the limit in place of NaN."""
+        limit = self._limit(index)
+        anchor = self._anchors[index] if index < len(self._anchors) else None
+        return min(limit, rate) if anchor is None else min(limit * min(1.0, rate / anchor), rate)
+
+    def _anchor(self) -> None:
+        """Remember where each group's schedule first exceeded the ceiling; forget it where that is over."""
+        count = len(self._asked)
+        self._anchors = [*self._anchors, *[None] * (count - len(self._anchors))][:count]
+        for index, rate in enumerate(self._asked):
+            gone = index < len(self._last) and rate < self._last[index] / 2
+            if self._anchors[index] is None or gone:
+                self._anchors[index] = rate if rate > self._limit(index) else None
+        self._last = self._asked
+
     def _lower(self) -> None:
         self._put_back()  # nothing is left, unless the last step raised where no guard could be placed
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        on_host = not any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates)
+        self._asked = [float(rate) for rate in rates] if on_host else []  # no transfer inside a step
         if self._ceiling is None:
             return
+        if self._follows:
+            self._anchor()
         for index, group in enumerate(self._optimizer.param_groups):
             rate, limit = group["lr"], self._limit(index)
             if isinstance(rate, torch.Tensor):
@@ -128,7 +174,7 @@ class LearningRateCeiling:
                 rate.copy_(torch.fmin(rate, torch.full_like(rate, limit)))  # fmin: the same
                 self._lowered.append(_Lowered(group, rate, own, rate.clone(), limit))
             else:
-                group["lr"] = min(limit, rate)  # in this order: the limit in place of NaN
+                group["lr"] = self._capped(index, rate)
                 self._lowered.append(_Lowered(group, rate, rate, group["lr"], limit))
 
     def _stepped(self) -> None:

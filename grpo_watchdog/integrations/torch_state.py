@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from grpo_watchdog.controls import DialKnob
 from grpo_watchdog.errors import CheckpointError, ConfigurationError
 from grpo_watchdog.integrations.torch_codec import decode, each, encode
 from grpo_watchdog.integrations.torch_finite import FiniteCheck
@@ -94,7 +95,7 @@ class TrainingState:
             Part("model", model.state_dict, lambda state: model.load_state_dict(state, strict=True)),
             Part("optimizer", optimizer.state_dict, optimizer.load_state_dict),
         ]
-        lasting, passing = list(parts), [*data, *_generators()]
+        lasting, passing = list(parts), [*data, *generators()]
         self._parts = [*lasting, *passing]
         self._passing = {p.name for p in passing}  # what a restore may leave where it is
 
@@ -108,8 +109,8 @@ class TrainingState:
         if sick:
             raise CheckpointError(f"{sick} is not finite: this state is not kept")
         for p in self._heavy:
-            _write(_read(p), folder / f"{p.name}.pt")
-        _write({p.name: _read(p) for p in self._parts}, folder / _REST)
+            _write(read_part(p), folder / f"{p.name}.pt")
+        _write({p.name: read_part(p) for p in self._parts}, folder / _REST)
 
     def restore(self, folder: Path, *, replay_data: bool = True) -> None:
         """Put everything back, and drop the gradients that the sick model left.
@@ -130,30 +131,14 @@ class TrainingState:
         except Exception as error:
             raise CheckpointError(f"{folder.name} cannot be used: {_told(error)}") from error
         parts = [p for p in self._parts if p.name in wanted and (replay_data or p.name not in self._passing)]
-        before = {p.name: _copied(_read(p), "cpu") for p in self._heavy}
-        before |= {p.name: _copied(_read(p), None) for p in parts}
-        gradients = [(p, p.grad) for p in self._parameters()]
-        for parameter, _ in gradients:
-            parameter.grad = None
         try:
-            for p in (*self._heavy, *parts):
-                _put(p, wanted[p.name])
-        except BaseException as error:
-            lost = self._undo(before, gradients)
-            if not isinstance(error, Exception):
-                raise
-            raise CheckpointError(f"{folder.name} is not restored: {_told(error)}; {lost}") from error
+            put_all([*self._heavy, *parts], wanted, self._parameters(), by_host={p.name for p in self._heavy})
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder.name} is not restored: {error}") from error
 
-    def _undo(self, before: Mapping[str, Any], gradients: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> str:
-        lost = []
-        for p in (p for p in (*self._heavy, *self._parts) if p.name in before):
-            try:
-                _put(p, decode(before[p.name]))
-            except Exception as error:  # noqa: BLE001 - the others are put back all the same
-                lost.append(_told(error))
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        return f"and this is not as it was: {', '.join(lost)}" if lost else "everything is as it was"
+    def everything(self) -> list[Part]:
+        """Return every part that a checkpoint holds."""
+        return [*self._heavy, *self._parts]
 
     def _parameters(self) -> list[torch.Tensor]:
         held = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -174,7 +159,64 @@ class TrainingState:
                 raise CheckpointError(f"{key} is {_form(there[key])} in the checkpoint and {_form(mine)} here")
 
 
-def _generators() -> list[Part]:
+def put_all(
+    parts: Sequence[Part],
+    wanted: Mapping[str, Any],
+    parameters: Iterable[torch.Tensor],
+    *,
+    by_host: Collection[str] = (),
+) -> None:
+    """Put every part's wanted state in place, or leave everything as it was; gradients are dropped.
+
+    Args:
+        parts: what to put, in this order.
+        wanted: the state of each, by name.
+        parameters: whose gradients are of a state that is gone.
+        by_host: parts whose present state is kept on the host meanwhile: large ones.
+
+    Raises:
+        CheckpointError: a part refused its state; everything is as it was, or it says what is not.
+    """
+    before = {p.name: copied(read_part(p), "cpu" if p.name in by_host else None) for p in parts}
+    gradients = [(p, p.grad) for p in parameters]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        for p in parts:
+            _put(p, wanted[p.name])
+    except BaseException as error:
+        lost = _undo(parts, before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        if not isinstance(error, Exception):
+            raise
+        told = f"and this is not as it was: {', '.join(lost)}" if lost else "everything is as it was"
+        raise CheckpointError(f"{_told(error)}; {told}") from error
+
+
+def _undo(parts: Iterable[Part], before: Mapping[str, Any]) -> list[str]:
+    lost = []
+    for p in parts:
+        try:
+            _put(p, decode(before[p.name]))
+        except Exception as error:  # noqa: BLE001 - the others are put back all the same
+            lost.append(_told(error))
+    return lost
+
+
+def knob_settings(knobs: Mapping[str, DialKnob]) -> Part:
+    """Return the part for the user's own values of the knobs, never our doses."""
+
+    def put(values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if name in knobs:  # one more or less than when the checkpoint was taken
+                knobs[name].put_back(value)
+
+    return Part(KNOBS, lambda: {name: knob.own() for name, knob in knobs.items()}, put)
+
+
+def generators() -> list[Part]:
+    """Return the global random number generators of Python, numpy and torch, each as a part."""
     parts = [
         Part("rng.python", random.getstate, random.setstate),
         Part("rng.numpy", lambda: np.random.get_state(legacy=False), np.random.set_state),  # noqa: NPY002 - the global one
@@ -185,7 +227,8 @@ def _generators() -> list[Part]:
     return parts
 
 
-def _read(p: Part) -> Any:  # noqa: ANN401
+def read_part(p: Part) -> Any:  # noqa: ANN401
+    """Return the state of a part, as the codec stores it."""
     return encode(p.get(), p.name)
 
 
@@ -220,12 +263,12 @@ def _told(error: BaseException) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
-def _copied(value: Any, device: str | None) -> Any:  # noqa: ANN401
+def copied(value: Any, device: str | None) -> Any:  # noqa: ANN401
     """Return an encoded state of its own, on the host where `device` says so."""
     if isinstance(value, torch.Tensor):
         return value.detach().to(value.device if device is None else device, copy=True)
     if isinstance(value, dict):
-        return each(value, lambda _, child: _copied(child, device))
+        return each(value, lambda _, child: copied(child, device))
     if isinstance(value, list | tuple):
-        return type(value)(_copied(v, device) for v in value)
+        return type(value)(copied(v, device) for v in value)
     return value

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,15 @@ class Tripwires:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """See nothing for the time of the context; what is there after it must be what was there before."""
+        off, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = off
 
     def rearm(self) -> None:
         """Take the weights and moments of now as right: our own restore wrote them. The reference stays what it was."""

@@ -93,11 +93,15 @@ class GradientVeto:
 
     Args:
         optimizer: the one whose steps are vetoed.
+        read: brings the norm of the gradients to the host. A trainer that has more to bring on a step lets it travel
+            along, and may return a larger norm: that from before clipping.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    REMEMBERS = ("_baseline", "_told", "_untold", "_count")
+
+    def __init__(self, optimizer: torch.optim.Optimizer, read: Callable[[torch.Tensor], float] = float) -> None:
         """Hook nothing yet."""
-        self._optimizer = optimizer
+        self._optimizer, self._read = optimizer, read
         self._veto: Veto | None = None
         self._paused = False
         self._handles: list[Any] = []
@@ -105,6 +109,16 @@ class GradientVeto:
         self._baseline = Baseline()
         self._told: list[str] = []
         self._untold = self._count = 0
+
+    @property
+    def armed(self) -> Veto | None:
+        """Return what is vetoed."""
+        return self._veto
+
+    @property
+    def paused(self) -> bool:
+        """Return whether every step is skipped."""
+        return self._paused
 
     def arm(self, veto: Veto | None) -> None:
         """Veto from the next step on, or not any more."""
@@ -136,6 +150,10 @@ class GradientVeto:
         if self._veto is not None:
             self._baseline.rewound(self._veto.factor)
 
+    def afresh(self) -> None:
+        """Know of no step so far."""
+        self._baseline = Baseline()
+
     def signals(self) -> dict[str, float]:
         """Return the steps vetoed since the last call; {} while it is not armed."""
         count, self._count = self._count, 0
@@ -162,7 +180,7 @@ class GradientVeto:
             return
         assert veto is not None
         scale = getattr(self._optimizer, "grad_scale", None)  # fused: the gradients still carry the scaler's factor
-        norm = _norm([p.grad for p in held], scale)
+        norm = self._read(_norm([p.grad for p in held], scale))
         if not math.isfinite(norm) and getattr(self._optimizer, "found_inf", None) is not None:
             return  # the scaler skips this step itself, and halves its scale
         judged = self._baseline.judge(norm, veto)
@@ -199,7 +217,7 @@ class GradientVeto:
             _log.warning("optimizer steps are not vetoed any more: %s: %s", type(error).__name__, error)
 
 
-def _norm(gradients: Iterable[torch.Tensor], scale: torch.Tensor | None) -> float:
+def _norm(gradients: Iterable[torch.Tensor], scale: torch.Tensor | None) -> torch.Tensor:
     """Return the norm of all gradients together; half precision is summed in float32, where it does not overflow."""
     flat = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     narrow = [g for g in flat if g.element_size() < torch.float32.itemsize]
@@ -211,5 +229,5 @@ def _norm(gradients: Iterable[torch.Tensor], scale: torch.Tensor | None) -> floa
     home = norms[0].device  # a model may be spread over several
     if len({(n.device, n.dtype) for n in norms}) > 1:
         norms = [n.to(home, torch.float64 if home.type != "mps" else torch.float32) for n in norms]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    return float(total if scale is None else total / scale.to(home))
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total if scale is None else total / scale.to(home)
