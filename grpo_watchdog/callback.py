@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_watchdog.attach import attach
 from grpo_watchdog.errors import ConfigurationError
 from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    TrainerCallback = object  # no transformers is imported to be a callback of its: see __getattr__
 
-class WatchdogCallback:
+
+class WatchdogCallback(TrainerCallback):
     """`Trainer(..., callbacks=[gw.WatchdogCallback(rules="guarded")])`: attaches to that trainer as it begins to train.
 
     `gw.attach(trainer)` does the same before it begins, and says then what cannot be seen or turned.
@@ -31,7 +36,7 @@ class WatchdogCallback:
         self._rules, self._options = rules, options
         self.dog: Watchdog | None = None
 
-    def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002
         """Attach to the trainer that calls.
 
         Raises:
@@ -41,7 +46,7 @@ class WatchdogCallback:
             self.dog = attach(_caller(args), rules=self._rules, **self._options)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Return what does nothing, for the other events: no transformers is imported to be a callback of its."""
+        """Return what does nothing, for the other events."""
         if name.startswith("on_"):
             return lambda *_, **__: None
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

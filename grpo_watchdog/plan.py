@@ -191,6 +191,10 @@ class Planner:
         afresh = {"halted": "", "ladder": foot, "healthy": 0, "interval": self._interval, "muted": {}, "partly": [],
                   "lived": [], "paused": ""}  # fmt: skip
         self.load_state_dict({**state, **afresh, "last_checkpoint": state["now"] - self._interval})
+        for name, dose in list(
+            self.doses.items()
+        ):  # given to a state that is gone: there is nothing to hold it against
+            self.doses[name] = dose._replace(judged=True)
         lost = [name for name in self.doses if KNOB_ACTIONS[name].knob not in self._bases]
         for name in lost:
             del self.doses[name]

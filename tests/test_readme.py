@@ -82,6 +82,25 @@ def test_the_page_of_metrics_is_what_the_command_prints(capsys: pytest.CaptureFi
     assert page.endswith(capsys.readouterr().out)
 
 
+def test_the_page_of_trl_has_the_table_of_its_keys() -> None:
+    from grpo_watchdog.integrations.trl_names import as_markdown  # noqa: PLC0415
+
+    page = (ROOT / "docs/trl.md").read_text(encoding="utf-8")
+    assert page.split("<!-- keys", 1)[1].split("-->\n", 1)[1] == as_markdown()
+
+
+def test_the_page_of_trl_names_every_metric_that_is_computed() -> None:
+    import inspect  # noqa: PLC0415
+
+    from grpo_watchdog.integrations import trl_stats  # noqa: PLC0415
+
+    page = (ROOT / "docs/trl.md").read_text(encoding="utf-8")
+    source = inspect.getsource(trl_stats)
+    computed = [name for name in gw.METRICS if f'"{name}"' in source]
+    assert len(computed) > 20
+    assert [name for name in computed if f"`{name}`" not in page.split("<!-- keys")[0]] == []
+
+
 POLICIES = {
     "nobody watches": "none",
     "**guarded**": "guarded",

@@ -46,6 +46,7 @@ def attach_trainer(
         run_dir, resume = tempfile.mkdtemp(prefix="drill-"), False
     folder, process = Path(trainer.args.output_dir), trainer.args.process_index
     run_dir = _run_dir(folder, resume=resume) if run_dir is None else Path(run_dir)
+    run = run_dir.name
     run_dir = run_dir if process == 0 else run_dir / f"process-{process}"
     page, said = _page(trainer, rules)
     book = page if isinstance(page, Rulebook) else load(page)
@@ -57,7 +58,7 @@ def attach_trainer(
     controls: Any = None
     try:
         controls = _controls(trainer, taps, book)
-        vault = TrainerVault(folder, run_dir.name, controls.state, writes=process == 0)
+        vault = TrainerVault(folder, run, controls.state, writes=process == 0)
         if not resume:
             vault.disown()
         hook = TrainerHook(trainer, controls, taps, vault)

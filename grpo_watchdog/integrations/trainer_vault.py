@@ -49,7 +49,8 @@ class TrainerVault(Vault):
         checkpoint_id = f"{_PREFIX}{step}"
         self._due[checkpoint_id] = memory
         self.known.add(checkpoint_id)
-        self._ours.add(checkpoint_id)
+        if not (self.folder / checkpoint_id).exists() or checkpoint_id in self._ids():
+            self._ours.add(checkpoint_id)  # else it takes the place of another run's, which may have been wanted
         try:
             write(self.folder / checkpoint_id)
         except BaseException as error:
