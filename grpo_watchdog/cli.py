@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -163,7 +164,8 @@ def _bench(options: argparse.Namespace) -> int:
 def _drill(options: argparse.Namespace) -> int:
     if not options.script.is_file():
         raise WatchdogError(f"{options.script} is no file")
-    report, what = of_script(options.script, options.arguments)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what the script prints is no JSON
+        report, what = of_script(options.script, options.arguments)
     if report is None:
         print(f"grpo-watchdog: {options.script}: no drill: {what}", file=sys.stderr)
         return UNDRILLED

@@ -10,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 Result = Literal["pass", "fail", "unproven"]
 
-rehearsal: Callable[[Any], None] | None = (
-    None  # set by `grpo-watchdog drill`: called where the script's training begins
-)
+# Set by `grpo-watchdog drill`: called, with the watchdog, where the script's training begins.
+rehearsal: Callable[[Any], None] | None = None
 
 
 class Proof(NamedTuple):

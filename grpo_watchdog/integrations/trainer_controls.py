@@ -15,8 +15,8 @@ from grpo_watchdog.integrations.torch_drill import drill
 from grpo_watchdog.integrations.torch_loop import TorchControls
 from grpo_watchdog.integrations.torch_snapshot import Subject, aside, everything, put_back
 from grpo_watchdog.integrations.torch_state import Part, generators
-from grpo_watchdog.integrations.trainer_drill import as_it_was, clipped, make_loss, save_elsewhere, written
-from grpo_watchdog.integrations.trainer_knobs import dials
+from grpo_watchdog.integrations.trainer_drill import as_it_was, clipped, in_rewards, make_loss, save_elsewhere, written
+from grpo_watchdog.integrations.trainer_knobs import dials, is_a
 from grpo_watchdog.integrations.trainer_state import TrainerState
 from grpo_watchdog.integrations.trainer_taps import Taps
 
@@ -130,6 +130,8 @@ class TrainerControls(TorchControls):
         more = []
         if "grad_norm_limit" in self.knobs:
             more.append(("grad_norm_limit", lambda: clipped(trainer, self.knobs["grad_norm_limit"])))
+        if is_a(trainer, "RLOOTrainer") and "kl_coef" in self.knobs:
+            more.append(("kl_coef", lambda: in_rewards(trainer, self.knobs["kl_coef"])))
         proofs = drill(self._subject(self.state.everything()), loss, more)
         return [p._replace(detail=why) if why and p.what in _BY_LOSS and p.result == "unproven" else p for p in proofs]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from grpo_watchdog.integrations.torch_drill import FailedError, nudge, same_numbers
 from grpo_watchdog.integrations.trainer_knobs import is_a
 from grpo_watchdog.integrations.trainer_state import MARKS
 
@@ -99,8 +100,33 @@ def clipped(trainer: Any, knob: Any) -> str:  # noqa: ANN401
     )
     knob.release()
     if left > 1.01 * limit:
-        raise AssertionError(f"held at {limit:g}, the trainer left a gradient of norm {left:g}")
+        raise FailedError(f"held at {limit:g}, the trainer left a gradient of norm {left:g}")
     return f"held at {limit:g}, the trainer left a gradient of norm {left:.4g}"
+
+
+def in_rewards(trainer: Any, knob: Any) -> str:  # noqa: ANN401
+    """Prove that the coefficient is in the rewards, for a trainer that charges KL there (RLOO); return what was seen."""
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    nudge(weights)  # at the reference's own weights there is no KL to charge
+    own = knob.own()
+
+    def advantages() -> torch.Tensor:
+        with same_numbers():
+            drawn: torch.Tensor = trainer._generate_and_score_completions(_prompts(trainer))["advantages"]  # noqa: SLF001
+        return drawn
+
+    trainer.model.train()
+    first = advantages()
+    knob.hold(max(10 * own, 1.0))
+    held = advantages()
+    knob.release()
+    if torch.equal(first, held):
+        raise FailedError(
+            f"the advantages are the same to the bit with {own:g} and with more: nobody reads {knob.where}"
+        )
+    if not torch.equal(first, advantages()):
+        raise FailedError("after the release the advantages are not what they were")
+    return f"with more than {own:g} the advantages of the same samples change; lifted, the same to the bit"
 
 
 def _refill(there: Any, was: Any) -> None:  # noqa: ANN401
