@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ Result = Literal["pass", "fail", "unproven"]
 
 # Set by `grpo-watchdog drill`: called, with the watchdog, where the script's training begins.
 rehearsal: Callable[[Any], None] | None = None
+folder = ""  # where such a run's journal and checkpoints go, meanwhile
 
 
 class Proof(NamedTuple):
@@ -72,19 +74,20 @@ def of_script(script: Path, arguments: Sequence[str]) -> tuple[DrillReport | Non
         reports.append(dog.drill())
         raise DoneError
 
-    globals()["rehearsal"] = rehearse
     argv, path = sys.argv, list(sys.path)
     sys.argv, sys.path[0:0] = [str(script), *arguments], [str(script.resolve().parent)]
     what = "it never attached a watchdog, or never observed a step"
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except DoneError:
-        pass
-    except SystemExit as error:
-        what = f"it ended with {error.code!r} before a step was observed"
-    except Exception as error:  # noqa: BLE001 - whatever a stranger's script raises
-        what = f"{type(error).__name__}: {error}"
-    finally:
-        globals()["rehearsal"] = None
-        sys.argv, sys.path[:] = argv, path
+    with tempfile.TemporaryDirectory(prefix="drill-") as place:
+        globals().update(rehearsal=rehearse, folder=place)
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except DoneError:
+            pass
+        except SystemExit as error:
+            what = f"it ended with {error.code!r} before a step was observed"
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's script raises
+            what = f"{type(error).__name__}: {error}"
+        finally:
+            globals().update(rehearsal=None, folder="")
+            sys.argv, sys.path[:] = argv, path
     return (reports[0], "") if reports else (None, what)

@@ -18,11 +18,20 @@ from test_reports import INCIDENT
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def block(name: str, language: str) -> str:
+def block(name: str, language: str, number: int = 1) -> str:
     text = (ROOT / name).read_text(encoding="utf-8")
-    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    assert found is not None
+    found = list(re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL))[number - 1]
     return found.group(1)
+
+
+def test_the_line_for_a_trainer_runs_as_it_stands(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from grpo_watchdog.lab.trl_toy import toy_trainer  # noqa: PLC0415
+
+    trainer = toy_trainer(tmp_path, max_steps=4)
+    exec(block("README.md", "python", 1), {"trainer": trainer})  # noqa: S102 - our own page
+    assert trainer.state.global_step == 4
+    assert (tmp_path / "grpo_watchdog" / "journal.jsonl").exists()
 
 
 def test_the_hook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +57,7 @@ def test_the_hook_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "train_one_step": train_one_step,
     }
     monkeypatch.chdir(tmp_path)
-    code = block("README.md", "python")
+    code = block("README.md", "python", 2)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     exec(code, names)  # noqa: S102 - it is our own README
     names["dog"].close()

@@ -35,7 +35,7 @@ def attach_loop(
         ConfigurationError: something handed over cannot be used; says what and what is allowed.
     """
     if drill.rehearsal is not None:  # nothing of the real run is touched
-        run_dir, resume = tempfile.mkdtemp(prefix="drill-"), False
+        run_dir, resume = tempfile.mkdtemp(dir=drill.folder or None), False
     if tensorboard is True:
         if run_dir is None:
             raise ConfigurationError("tensorboard=True writes under run_dir: give run_dir, a folder or a SummaryWriter")

@@ -43,7 +43,7 @@ def attach_trainer(
     if any(isinstance(callback, TrainerHook) for callback in trainer.callback_handler.callbacks):
         raise ConfigurationError("this trainer has a watchdog already")
     if drill.rehearsal is not None:  # nothing of the real run is touched
-        run_dir, resume = tempfile.mkdtemp(prefix="drill-"), False
+        run_dir, resume = tempfile.mkdtemp(dir=drill.folder or None), False
     folder, process = Path(trainer.args.output_dir), trainer.args.process_index
     run_dir = _run_dir(folder, resume=resume) if run_dir is None else Path(run_dir)
     run = run_dir.name

@@ -105,7 +105,7 @@ def clipped(trainer: Any, knob: Any) -> str:  # noqa: ANN401
 
 
 def in_rewards(trainer: Any, knob: Any) -> str:  # noqa: ANN401
-    """Prove that the coefficient is in the rewards, for a trainer that charges KL there (RLOO); return what was seen."""
+    """Prove that the coefficient is in the rewards, for a trainer that charges KL there: RLOO; return what was seen."""
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     nudge(weights)  # at the reference's own weights there is no KL to charge
     own = knob.own()
