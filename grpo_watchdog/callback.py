@@ -25,14 +25,16 @@ class WatchdogCallback(TrainerCallback):
 
     Args:
         rules: the rulebook: a name, a path or a loaded one.
-        **options: those of `attach` that a Trainer takes: run_dir, tensorboard, resume, mode, approve, policy fields.
+        **options: those of `attach` that a Trainer takes: run_dir, tensorboard, mode, approve, policy fields.
 
     Attributes:
         dog: the watchdog; None until the training begins.
     """
 
     def __init__(self, rules: str | Path | Rulebook = "documented", **options: Any) -> None:
-        """Remember what to attach with."""
+        """Remember what to attach with; a ConfigurationError where the run is to be resumed, which is too late then."""
+        if options.get("resume"):
+            raise ConfigurationError("resume=True: use gw.attach(trainer, resume=True) before trainer.train()")
         self._rules, self._options = rules, options
         self.dog: Watchdog | None = None
 

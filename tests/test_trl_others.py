@@ -181,3 +181,59 @@ def test_two_processes_see_the_same_decide_the_same_and_start_anew_from_what_is_
     assert (step, halted) == (40, False)
     assert 0 < resumed < 25
     assert seen[0][0] == resumed + 1
+
+
+class Judged(trl.GRPOTrainer):  # type: ignore[misc, unused-ignore]
+    """One with something to evaluate on."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        named["eval_dataset"] = named["train_dataset"].select(range(8))
+        super().__init__(*given, **named)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_checkpoints_are_there_where_only_a_new_best_is_saved(tmp_path: Path, every: int) -> None:
+    best: dict[str, Any] = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": every}
+    best |= {"metric_for_best_model": "eval_reward", "greater_is_better": False, "per_device_eval_batch_size": 32}
+    trainer: Any = toy_trainer(tmp_path, max_steps=30, trainer_class=Judged, callbacks=[WeightFault(22, 3.0)], **best)
+    dog = gw.attach(trainer, rules="guarded", checkpoint_every=4, probation=2)
+    back: list[Any] = []
+    dog._listeners.append(lambda _, v: back.append(v.rolled_back_to))  # noqa: SLF001
+    trainer.train()
+    assert [step for step in back if step is not None][0] > 12  # noqa: RUF015
+    assert not dog.halted
+    assert not (tmp_path / "checkpoint-23").exists()
+
+
+def test_a_step_that_is_masked_whole_is_no_trouble(tmp_path: Path) -> None:
+    trainer: Any = toy_trainer(tmp_path, max_steps=24, mask_truncated_completions=True, max_completion_length=3)
+    dog = gw.attach(trainer, rules="guarded", checkpoint_every=4, probation=2)
+    levels: list[str] = []
+    dog._listeners.append(lambda _, v: levels.append(v.level))  # noqa: SLF001
+    trainer.train()
+    assert set(levels) <= {"ok", "notice"}
+
+
+def test_a_shadow_leaves_the_users_saves_alone(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    trainer: Any = toy_trainer(tmp_path, max_steps=14, callbacks=[WeightFault(9, 3.0)], **saves)
+    gw.attach(trainer, rules="guarded", mode="shadow")
+    trainer.train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 14
+
+
+def test_the_line_that_is_said_after_a_halt_works_as_it_stands(tmp_path: Path) -> None:
+    trainer: Any = toy_trainer(tmp_path, max_steps=24, callbacks=[WeightFault(12, 3.0)])
+    policy: dict[str, Any] = {"checkpoint_every": 4, "probation": 2}
+    dog = gw.attach(trainer, rules="guarded", on_divergence="halt", **policy)
+    trainer.train()
+    assert dog.halted
+    again = gw.attach(trainer, rules="guarded", run_dir=dog.run_dir, resume=True, **policy)
+    trainer.train()
+    assert trainer.state.global_step == 24
+    assert not again.halted
+
+
+def test_a_callback_cannot_resume(tmp_path: Path) -> None:
+    with pytest.raises(gw.ConfigurationError, match="before trainer"):
+        gw.WatchdogCallback(run_dir=tmp_path, resume=True)

@@ -40,8 +40,10 @@ def attach_trainer(
     Raises:
         ConfigurationError: something cannot be used, or the trainer has a watchdog already.
     """
-    if any(isinstance(callback, TrainerHook) for callback in trainer.callback_handler.callbacks):
-        raise ConfigurationError("this trainer has a watchdog already")
+    for earlier in [c for c in trainer.callback_handler.callbacks if isinstance(c, TrainerHook)]:
+        if not (resume and earlier.over):
+            raise ConfigurationError("this trainer has a watchdog already")
+        earlier.detach()
     if drill.rehearsal is not None:  # nothing of the real run is touched
         run_dir, resume = tempfile.mkdtemp(dir=drill.folder or None), False
     folder, process = Path(trainer.args.output_dir), trainer.args.process_index
@@ -61,6 +63,10 @@ def attach_trainer(
         vault = TrainerVault(folder, run, controls.state, writes=process == 0)
         if not resume:
             vault.disown()
+        vault.best = lambda: {
+            f"checkpoint-{trainer.state.best_global_step}",
+            *_name(trainer.state.best_model_checkpoint),
+        }
         hook = TrainerHook(trainer, controls, taps, vault)
         dog = Watchdog(
             book,
@@ -92,6 +98,10 @@ def _restarts(controls: TrainerControls | ShardedControls) -> list[str]:
     if not controls.restart:
         return []
     return [f"no rollback while it trains ({controls.restart}): the run is stopped instead, and says how to go on"]
+
+
+def _name(checkpoint: str | None) -> list[str]:
+    return [Path(checkpoint).name] if checkpoint else []
 
 
 def _page(trainer: Any, rules: str | Path | Rulebook) -> tuple[str | Path | Rulebook, list[str]]:  # noqa: ANN401

@@ -78,7 +78,8 @@ class TrainerControls(TorchControls):
         step = int(folder.name.rsplit("-", 1)[1])
         if step != trainer.state.global_step:
             raise CheckpointError(f"the trainer is at step {trainer.state.global_step}, not at {step}")
-        if self.control is not None:
+        best = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) == "best"
+        if self.control is not None and not best:  # there, a new best decides later whether anything is saved
             self.control.should_save = True
         else:
             trainer._save_checkpoint(trainer.model, None)  # noqa: SLF001 - as the trainer itself does

@@ -144,15 +144,22 @@ def _refill(there: Any, was: Any) -> None:  # noqa: ANN401
         vars(there).update(vars(was))
 
 
+def _spare(rows: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Return the rows from the first on; raise where that would take them from the training."""
+    if not hasattr(rows, "__getitem__") and not type(rows).__module__.startswith("datasets"):
+        raise TypeError("a stream has no rows to spare: dog.drill(loss=...)")
+    return iter(rows)
+
+
 def _prompts(trainer: Any) -> list[Any]:  # noqa: ANN401
     """Return the rows of one generation batch: the first prompts, each as often as a group is large."""
     group, size = trainer.num_generations, trainer.args.generation_batch_size // trainer.args.world_size
-    rows = list(islice(iter(trainer.train_dataset), max(1, size // group)))
+    rows = list(islice(_spare(trainer.train_dataset), max(1, size // group)))
     return [dict(row) for row in rows for _ in range(group)]
 
 
 def _collated(trainer: Any) -> Any:  # noqa: ANN401
-    rows = list(islice(iter(trainer.train_dataset), trainer.args.per_device_train_batch_size))
+    rows = list(islice(_spare(trainer.train_dataset), trainer.args.per_device_train_batch_size))
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)  # noqa: SLF001
     return collate(rows)
 

@@ -34,6 +34,7 @@ class TrainerHook(TrainerCallback):
         """Wrap saving and the beginning of the training; the watchdog is given by `watch`."""
         self._trainer, self._controls, self._taps, self._vault = trainer, controls, taps, vault
         self._dog: Watchdog | None = None
+        self._sick_step = -1
         self._total: torch.Tensor | None = None  # the trainer's sum of losses as the step began
         self._rehearse: Callable[[Watchdog], None] | None = None
         taps.surround("_save_checkpoint", self._around_saving)
@@ -43,6 +44,19 @@ class TrainerHook(TrainerCallback):
         """Observe for this watchdog from now on; `rehearse` is called once all is made that the training needs."""
         self._dog, self._rehearse = dog, rehearse
         self._trainer.add_callback(self)
+
+    @property
+    def over(self) -> bool:
+        """Return whether the run that this hook watched was halted."""
+        return self._dog is not None and bool(self._dog.halted)
+
+    def detach(self) -> None:
+        """Give the trainer back as it was before the attach."""
+        self._trainer.remove_callback(self)
+        self._controls.detach()
+        self._taps.detach()
+        if self._dog is not None:
+            self._dog.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401, ARG002
         """Make sure that the optimizer is still the one that was hooked."""
@@ -83,8 +97,11 @@ class TrainerHook(TrainerCallback):
             total.copy_(self._total)
 
     def _obey(self, verdict: Verdict, control: Any, checkpoint: str) -> None:  # noqa: ANN401
-        if verdict.rolled_back_to is not None or verdict.level == "critical":
+        assert self._dog is not None
+        in_shadow = self._dog.book.policy.mode == "shadow"
+        if not in_shadow and (verdict.rolled_back_to is not None or verdict.level == "critical"):
             control.should_save = False  # a sick step is kept off the disk
+            self._sick_step = verdict.step  # whoever asks for it after us: a new best, say
             self._vault.forget(checkpoint)
         if verdict.halt and not control.should_training_stop:
             control.should_training_stop = True
@@ -108,6 +125,8 @@ class TrainerHook(TrainerCallback):
     def _around_saving(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Save as the trainer does; mark the checkpoint; then delete over the user's limit, but not what is needed."""
         arguments, trainer = self._trainer.args, self._trainer
+        if trainer.state.global_step == self._sick_step:
+            return None
         limit, arguments.save_total_limit = arguments.save_total_limit, None
         try:
             result = call(*args, **kwargs)
@@ -123,6 +142,9 @@ class TrainerHook(TrainerCallback):
     def _arrived(self, checkpoint: str) -> None:
         dog = self._dog
         if dog is None or dog.halted:
+            return
+        if self._vault.written(checkpoint):  # at once, and then once more: a new best
+            self._vault.arrived(checkpoint)
             return
         if not self._vault.asked_for(checkpoint):  # saved on the user's own schedule: as good as any
             if not dog.wants_checkpoints:

@@ -38,6 +38,8 @@ class TrainerVault(Vault):
         self._run, self._state, self._writes = run, state, writes
         self._due: dict[str, Mapping[str, Any]] = {}  # asked for and not written yet: the watchdog's memory
         self._ours: set[str] = set()  # written because the watchdog asked, and for no other reason
+        self._marked: dict[str, Mapping[str, Any]] = {}  # the memory of what was written and marked
+        self.best: Callable[[], set[str]] = set  # what the trainer calls its best: never deleted here
         self.known: set[str] = set()  # in the ledger: not to be deleted by anybody else
 
     def save(self, step: int, write: Callable[[Path], None], memory: Mapping[str, Any]) -> str:
@@ -69,6 +71,10 @@ class TrainerVault(Vault):
         """Return whether it is waited for."""
         return checkpoint_id in self._due
 
+    def written(self, checkpoint_id: str) -> bool:
+        """Return whether it was written and marked before, and is still known."""
+        return checkpoint_id in self._marked
+
     def users(self, checkpoint_id: str) -> None:
         """Take note that the user wanted this one too: it is never deleted here."""
         self._ours.discard(checkpoint_id)
@@ -79,7 +85,8 @@ class TrainerVault(Vault):
         Raises:
             CheckpointError: it could not be restored; it stays on the disk, unmarked.
         """
-        memory = self._due.pop(checkpoint_id)
+        memory = self._due.pop(checkpoint_id, None) or self._marked[checkpoint_id]
+        self._marked[checkpoint_id] = memory
         if not self._writes:
             return
         folder, marks = self.folder / checkpoint_id, self.marks(checkpoint_id)
@@ -104,7 +111,7 @@ class TrainerVault(Vault):
 
     def delete(self, checkpoint_id: str) -> None:
         """Delete a checkpoint that was only written for the watchdog; take its marks off any other."""
-        ours = checkpoint_id in self._ours
+        ours = checkpoint_id in self._ours and checkpoint_id not in self.best()
         self.forget(checkpoint_id)
         if not self._writes:
             return
@@ -116,6 +123,7 @@ class TrainerVault(Vault):
     def forget(self, checkpoint_id: str) -> None:
         """Leave a checkpoint to the trainer."""
         self._due.pop(checkpoint_id, None)
+        self._marked.pop(checkpoint_id, None)
         self.known.discard(checkpoint_id)
         self._ours.discard(checkpoint_id)
 

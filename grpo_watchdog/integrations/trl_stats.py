@@ -113,7 +113,9 @@ def metrics(sums: Mapping[str, float], peaks: Mapping[str, float]) -> dict[str, 
 
     Means are over all tokens of the step, those of the ratio over all ratios, those of sequences over all sequences.
     """
-    tokens, sequences = max(sums["tokens"], 1.0), max(sums["sequences"], 1.0)
+    if not sums["tokens"]:  # all of it is masked: there is nothing to tell
+        return {}
+    tokens, sequences = sums["tokens"], max(sums["sequences"], 1.0)
     found = {
         "mean_log_prob_current": sums["logp"] / sequences,
         "log_prob_per_dim": sums["logp"] / tokens,
