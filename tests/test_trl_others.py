@@ -215,7 +215,7 @@ def test_a_step_that_is_masked_whole_is_no_trouble(tmp_path: Path) -> None:
 
 
 def test_a_shadow_leaves_the_users_saves_alone(tmp_path: Path) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 1}
+    saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
     trainer: Any = toy_trainer(tmp_path, max_steps=14, callbacks=[WeightFault(9, 3.0)], **saves)
     gw.attach(trainer, rules="guarded", mode="shadow")
     trainer.train()
