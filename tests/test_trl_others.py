@@ -168,7 +168,7 @@ def test_two_processes_see_the_same_decide_the_same_and_start_anew_from_what_is_
 
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, str(script), str(tmp_path / "out")], check=True, capture_output=True, timeout=280)
     first, second = (
         [json.loads((tmp_path / "out" / f"{rank}-{turn}.json").read_text()) for rank in (0, 1)] for turn in (0, 1)
