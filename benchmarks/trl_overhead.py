@@ -3,7 +3,7 @@
 The trainer is the toy with a larger batch, so that a step takes about 0.2 s on one thread. Two measurements in one
 process: the wall clock of a step, bare and watched in alternating runs, and the time spent inside the hook itself,
 taken around every function of it that the trainer or the optimizer calls. The second is free of the noise of the
-first. Transfers are counted where tensors become numbers (item, tolist, float, bool) while the hook runs.
+first. Transfers are counted where tensors become numbers (item, tolist, cpu, float, bool ...) while the hook runs.
 
     python benchmarks/trl_overhead.py [--steps 40] [--rounds 3] [--batch 512] [--lora]
 """
@@ -42,7 +42,7 @@ INSIDE: dict[type, list[str]] = {  # everything of the hook that is called from 
     LearningRateCeiling: ["_lower", "_stepped"],
     ModelChecks: ["_before_step", "_after_step"],
 }
-TRANSFERS = ("item", "tolist", "__float__", "__bool__", "__int__")
+TRANSFERS = ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__")
 WARM_UP = 5  # steps that are not counted
 
 

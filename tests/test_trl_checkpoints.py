@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,19 @@ def files(folder: Path) -> dict[str, int]:
 # --- whose, and how many ------------------------------------------------------------------------
 
 
-def test_the_users_own_are_proven_and_never_deleted_and_ours_are_few(tmp_path: Path) -> None:
-    run = watched(tmp_path, save_strategy="steps", save_steps=7, max_steps=30, policy={"keep": 1})
+@pytest.mark.parametrize("every", [7, 5])
+def test_the_users_own_are_proven_and_never_deleted_and_ours_are_few(tmp_path: Path, every: int) -> None:
+    """At every fifth step the user wants what the watchdog wants on the same step."""
+    policy = {"keep": 1, "checkpoint_every": 4 if every == 7 else 5}
+    run = watched(tmp_path, save_strategy="steps", save_steps=every, max_steps=30, policy=policy)
     run.trainer.train()
-    users, ours = {7, 14, 21, 28, 30}, set(there(tmp_path)) - {7, 14, 21, 28, 30}
+    users = {*range(every, 31, every), 30}
+    ours = set(there(tmp_path)) - users
     assert users <= set(there(tmp_path))
     asked = {o.step for v in run.verdicts for o in v.actions if o.action == "checkpoint_now"}
-    assert len(asked - users) > len(ours) <= 2  # the one kept, and one that waits
+    assert len(asked - users) > len(ours) or every == 5
+    assert len(ours) <= 2  # the one kept, and one that waits
+    assert (len(asked & users) > 2) is (every == 5)
     assert len(proven(tmp_path)) == 1
 
 
@@ -117,12 +124,20 @@ class NoSaving(TrainerCallback):  # type: ignore[misc, unused-ignore]
             control.should_save = False
 
 
-def test_one_that_was_asked_for_and_never_written_is_not_gone_back_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stale", [False, True])
+def test_one_that_was_asked_for_and_never_written_is_not_gone_back_to(tmp_path: Path, *, stale: bool) -> None:
+    """Nor is what an earlier session of the run left under that name."""
     run = sick(tmp_path, max_steps=14)
     run.trainer.add_callback(NoSaving(9))
+
+    def leave(step: int) -> None:
+        if stale and step == 9:
+            shutil.copytree(tmp_path / "checkpoint-5", tmp_path / "checkpoint-9")
+
+    run.trainer.add_callback(On("on_step_begin", leave))
     run.trainer.train()
     assert run.back() == {SEEN: 5}
-    assert 9 not in there(tmp_path)
+    assert 9 not in there(tmp_path) or stale
 
 
 @pytest.mark.parametrize("same_name", [False, True])
@@ -139,6 +154,7 @@ def test_marks_of_an_earlier_run_in_the_folder_count_for_nothing(tmp_path: Path,
     second.dog.close()
     third = watched(tmp_path, max_steps=6, run_dir=names[1], resume=True)
     assert third.dog.resumed_from is None
+    assert proven(tmp_path) == ([] if same_name else [5, 9])  # of the first, which can still be gone on with
     assert there(tmp_path) == [1, 5, 9]  # the second wrote 1 anew, and left it: it was there before
 
 

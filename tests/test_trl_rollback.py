@@ -34,8 +34,7 @@ def weights_of(trainer: Any, *, lora: bool) -> dict[str, torch.Tensor]:
 # --- the state ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("replay", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("lora", "replay"), [(False, False), (False, True), (True, False)])
 def test_right_after_it_everything_is_what_the_files_hold(tmp_path: Path, *, lora: bool, replay: bool) -> None:
     run = watched(tmp_path, lora=lora, max_steps=14, callbacks=(WeightFault(SICK),), policy={"replay_data": replay})
     folder, seen = tmp_path / f"checkpoint-{GOOD}", dict[str, bool]()
@@ -59,8 +58,10 @@ def test_right_after_it_everything_is_what_the_files_hold(tmp_path: Path, *, lor
     assert seen == {**told, f"random {SEEN}": replay}
 
 
-@pytest.mark.parametrize("doses", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(
+    ("lora", "doses"),
+    [(False, False), (True, True), *(pytest.param(b, not b, marks=pytest.mark.slow) for b in (False, True))],
+)
 def test_what_follows_is_the_run_that_transformers_resumes_from_there(
     tmp_path: Path, *, lora: bool, doses: bool
 ) -> None:
@@ -122,6 +123,25 @@ def test_doses_are_in_force_on_the_very_next_step(tmp_path: Path) -> None:
     assert turned[SEEN] == pytest.approx((0.12, 0.1))
 
 
+def test_doses_of_an_earlier_rollback_stay_in_force_through_a_later_one(tmp_path: Path) -> None:
+    run = watched(
+        tmp_path,
+        callbacks=(WeightFault(SICK), WeightFault(19)),
+        policy={"ladder": [DOSES, {"rollback": True}], "harm": []},
+    )
+    rates = rates_of(run.trainer)
+    turned: dict[int, tuple[float, float]] = {}
+    run.trainer.add_callback(
+        On("on_step_begin", lambda step: turned.update({step: (run.trainer.beta, run.trainer.epsilon_low)}))
+    )
+    run.trainer.train()
+    assert list(run.back()) == [SEEN, 20]
+    limit = next(o.after for v in run.verdicts for o in v.actions if o.action == "lower_learning_rate")
+    assert limit is not None
+    assert max(rates[SEEN:]) <= limit * (1 + 1e-6)
+    assert turned[20] == pytest.approx((0.12, 0.1))
+
+
 # --- what is left of the sick steps -------------------------------------------------------------
 
 
@@ -153,8 +173,9 @@ class LostLoss(GRPOTrainer):  # type: ignore[misc, unused-ignore]
         return loss * math.nan if self.state.global_step in self.lost else loss
 
 
-@pytest.mark.parametrize("logging_steps", [1, 5])
-@pytest.mark.parametrize(("lost", "back"), [((11,), False), ((10, 11, 12, 13, 14), True)])
+@pytest.mark.parametrize(
+    ("lost", "logging_steps", "back"), [((11,), 1, False), ((11,), 5, False), ((10, 11, 12, 13, 14), 5, True)]
+)
 def test_a_lost_loss_does_not_stay_in_the_log(
     tmp_path: Path, lost: tuple[int, ...], logging_steps: int, *, back: bool
 ) -> None:

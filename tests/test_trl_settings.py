@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("trl")
+pytest.importorskip("peft")
+
+import torch
 
 import grpo_watchdog as gw
-from grpo_watchdog.lab.trl_toy import toy_trainer
+from trl_runs import same, toy
 
 # what is set, what is said of it at attach, and the rules that are blind in consequence
 BLINDING: dict[str, tuple[dict[str, Any], str, set[str]]] = {
@@ -28,6 +35,10 @@ BLINDING: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "sequences": ({"importance_sampling_level": "sequence"}, "one a sequence", set()),
     "entropy bonus": ({"entropy_coef": 0.001}, "terms beside the policy's", {"policy_loss"}),
     "quantile": ({"top_entropy_quantile": 0.5}, "terms beside the policy's", {"policy_loss"}),
+    "delta": ({"delta": 1.5}, "those before that cap", set()),
+    "truncated are masked": ({"mask_truncated_completions": True}, "out of the loss", set()),
+    "groups of two": ({"num_generations": 2}, "every |advantage| is about 0.71", set()),
+    "groups of three": ({"num_generations": 3, "per_device_train_batch_size": 30}, "come by chance", set()),
     "lora": ({"lora": True}, "the base model with the adapters off", set()),
     "reference that moves": (
         {"sync_ref_model": True, "ref_model_sync_steps": 5, "ref_model_mixup_alpha": 0.5},
@@ -45,7 +56,7 @@ LONG = {"nothing at all", "cispo", "scale batch", "lora"}
 
 
 def watched(folder: Path, rules: str, steps: int, **settings: Any) -> tuple[gw.Watchdog, list[Any]]:
-    trainer = toy_trainer(folder, max_steps=steps, **settings)
+    trainer = toy(folder, max_steps=steps, **settings)
     dog = gw.attach(trainer, rules=rules)
     seen: list[Any] = []
     dog._listeners.append(lambda step, verdict: seen.append((step, verdict)))  # noqa: SLF001
@@ -74,8 +85,37 @@ def test_a_healthy_run_is_left_alone(tmp_path: Path, name: str) -> None:
     assert loud == []
 
 
+TIMED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}
+
+
+@functools.cache
+def left_alone(rules: str | None, *, lora: bool) -> dict[str, Any]:
+    """Return all that 60 steps leave behind, in the model, the optimizer, the generators and the log."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer: Any = toy(Path(folder), max_steps=60, lora=lora)
+        if rules is not None:
+            gw.attach(trainer, rules=rules)
+        trainer.train()
+    generators = {
+        "torch": torch.get_rng_state(),
+        "python": repr(random.getstate()),
+        "numpy": repr(np.random.get_state()),  # noqa: NPY002 - the one that a trainer seeds
+    }
+    log = [{name: value for name, value in row.items() if name not in TIMED} for row in trainer.state.log_history]
+    states = {"weights": trainer.model, "optimizer": trainer.optimizer, "schedule": trainer.lr_scheduler}
+    return {name: dict(owner.state_dict()) for name, owner in states.items()} | generators | {"log": log}
+
+
+@pytest.mark.parametrize("rules", ["documented", "guarded"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_where_nothing_fires_the_run_is_the_same_to_the_last_bit(rules: str, *, lora: bool) -> None:
+    bare, hooked = left_alone(None, lora=lora), left_alone(rules, lora=lora)
+    assert len(bare["log"]) == 61
+    assert [name for name in bare if not same(bare[name], hooked[name])] == []
+
+
 def test_without_such_settings_less_is_said(tmp_path: Path) -> None:
-    dog = gw.attach(toy_trainer(tmp_path), rules="guarded")
+    dog = gw.attach(toy(tmp_path), rules="guarded")
     said = "\n".join(dog.briefing)
     assert not any(told in said for _, told, _ in BLINDING.values() if told != "the two differ")
     assert "rulebook guarded_llm in place of guarded" in said
@@ -83,7 +123,7 @@ def test_without_such_settings_less_is_said(tmp_path: Path) -> None:
 
 def test_vllm_that_is_set_and_absent_is_survived(tmp_path: Path) -> None:
     """The trainer itself refuses to be built without the engine; one that says so later is watched all the same."""
-    trainer: Any = toy_trainer(tmp_path, max_steps=6)
+    trainer: Any = toy(tmp_path, max_steps=6)
     trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
     trainer.vllm_importance_sampling_clip_max = 3.0
     dog = gw.attach(trainer, rules="guarded")
@@ -94,7 +134,7 @@ def test_vllm_that_is_set_and_absent_is_survived(tmp_path: Path) -> None:
 
 
 def test_beta_can_be_switched_on_under_lora_in_the_middle_of_a_batch(tmp_path: Path) -> None:
-    trainer: Any = toy_trainer(tmp_path, max_steps=8, lora=True, beta=0.0, num_iterations=4)
+    trainer: Any = toy(tmp_path, max_steps=8, lora=True, beta=0.0, num_iterations=4)
     dog = gw.attach(trainer, rules="guarded")
     seen: list[bool] = []
 

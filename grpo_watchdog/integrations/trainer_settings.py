@@ -8,6 +8,8 @@ from typing import Any
 from grpo_watchdog.integrations.trainer_knobs import has_adapters, is_a
 from grpo_watchdog.integrations.trl_grpo import CLIPPED
 
+_FEW = 4  # a group of fewer says little about its spread
+
 
 def blind_spots(trainer: Any) -> list[str]:  # noqa: ANN401
     """Return what cannot be seen or turned under these settings, each with what would switch it on.
@@ -85,6 +87,10 @@ def _loss(trainer: Any) -> Iterator[str]:  # noqa: ANN401
         or trainer.aux_loss_enabled
     ):
         yield "the loss has terms beside the policy's and KL: policy_loss is not seen, nor whether the loss adds up"
+    if trainer.args.delta is not None and trainer.loss_type in CLIPPED:
+        yield (
+            f"delta caps the ratio at {trainer.args.delta:g} in the loss: the ratio's metrics are those before that cap"
+        )
 
 
 def _rewards(trainer: Any) -> Iterator[str]:  # noqa: ANN401
@@ -92,6 +98,18 @@ def _rewards(trainer: Any) -> Iterator[str]:  # noqa: ANN401
         yield (
             f"scale_rewards is {trainer.scale_rewards}: advantages are not of unit scale within a group; "
             "group_std_reward and zero_std_fraction are taken from the rewards themselves, group by group"
+        )
+    if trainer.num_generations < _FEW:
+        pairs = trainer.num_generations == 2 and trainer.scale_rewards == "group"  # noqa: PLR2004 - a pair is two
+        fixed = ", and every |advantage| is about 0.71, or 0" if pairs else ""
+        yield (
+            f"num_generations is {trainer.num_generations}: groups of equal rewards come by chance{fixed}; "
+            "group_std_reward and zero_std_fraction say little; 8, say, gives them a meaning"
+        )
+    if trainer.mask_truncated_completions:
+        yield (
+            "mask_truncated_completions leaves completions that were cut at the limit out of the loss: log-probs, KL, "
+            "ratio and entropy are those of the others, the rewards those of all; truncated_fraction says how many"
         )
 
 

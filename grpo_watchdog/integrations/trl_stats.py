@@ -75,6 +75,7 @@ def token_tally(
         behind_BT = ref_BT - logp_BT
         sums |= {
             "ref_logp": ref_BT.sum(),
+            "behind": behind_BT.sum(),  # by itself: of two large sums that nearly cancel, rounding would be left
             "kl_k2": (behind_BT.square() / 2).sum(),
             "kl_k3": (behind_BT.exp() - behind_BT - 1).sum(),
         }
@@ -82,7 +83,8 @@ def token_tally(
     if sampler_BT is not None:
         known_BT = here_BT & ~sampler_BT.isnan()  # an engine could not score the others
         trained_BT = logp_BT if old_BT is None else _only(old_BT, here_BT)
-        sums |= {"mismatch": (trained_BT - _only(sampler_BT, known_BT))[known_BT].abs().sum(), "scored": known_BT.sum()}
+        apart_BT = _only(trained_BT - sampler_BT, known_BT)  # no indexing by a mask: its size would have to be fetched
+        sums |= {"mismatch": apart_BT.abs().sum(), "scored": known_BT.sum()}
     return Tally({n: s.float() for n, s in sums.items()}, peaks)
 
 
@@ -142,7 +144,7 @@ def metrics(sums: Mapping[str, float], peaks: Mapping[str, float]) -> dict[str, 
             found["clip_fraction"] = sums["clipped"] / count
         found["step_kl"] = sums["step_kl"] / count
     if "ref_logp" in sums:
-        apart = sums["logp"] - sums["ref_logp"]
+        apart = -sums["behind"]
         found |= {
             "mean_log_prob_ref": sums["ref_logp"] / sequences,
             "kl_penalty": apart / sequences,
