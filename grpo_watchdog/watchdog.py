@@ -184,11 +184,6 @@ class Watchdog:
         return self._judge.findings.blind()
 
     @property
-    def newest_proven(self) -> str | None:
-        """Return the id of the checkpoint that a rollback would go to, or None while none is proven."""
-        return next((checkpoint.id for checkpoint in self._judge.ledger.choices()), None)
-
-    @property
     def wants_checkpoints(self) -> bool:
         """Return whether one that is taken now would be kept: not in shadow, nor while many wait for proof."""
         return self.book.policy.mode != "shadow" and self._judge.ledger.waiting() <= self.book.policy.keep

@@ -13,9 +13,6 @@ from contextlib import suppress
 from grpo_watchdog.drill import Proof, Result
 from grpo_watchdog.integrations.torch_proofs import FailedError, Loss, Range, UnprovenError, alike
 from grpo_watchdog.integrations.torch_snapshot import HEAVY, Subject, aside, everything, let_go, put_back, strays
-from grpo_watchdog.integrations.torch_stir import nudge, same_numbers
-
-__all__ = ["FailedError", "UnprovenError", "drill", "nudge", "same_numbers"]
 
 
 def drill(subject: Subject, loss: Loss | None, more: Sequence[tuple[str, Callable[[], str]]] = ()) -> list[Proof]:

@@ -60,13 +60,9 @@ def attach_trainer(
     controls: Any = None
     try:
         controls = _controls(trainer, taps, book)
-        vault = TrainerVault(folder, run, controls.state, writes=process == 0)
+        vault = TrainerVault(folder, run, controls.state, lambda: _best(trainer.state), writes=process == 0)
         if not resume:
             vault.disown()
-        vault.best = lambda: {
-            f"checkpoint-{trainer.state.best_global_step}",
-            *_name(trainer.state.best_model_checkpoint),
-        }
         hook = TrainerHook(trainer, controls, taps, vault)
         dog = Watchdog(
             book,
@@ -100,8 +96,10 @@ def _restarts(controls: TrainerControls | ShardedControls) -> list[str]:
     return [f"no rollback while it trains ({controls.restart}): the run is stopped instead, and says how to go on"]
 
 
-def _name(checkpoint: str | None) -> list[str]:
-    return [Path(checkpoint).name] if checkpoint else []
+def _best(state: Any) -> set[str]:  # noqa: ANN401
+    """Return the names of the checkpoints that the trainer calls its best: by step, and by folder."""
+    by_step = {f"checkpoint-{state.best_global_step}"} if state.best_global_step else set()
+    return by_step | ({Path(state.best_model_checkpoint).name} if state.best_model_checkpoint else set())
 
 
 def _page(trainer: Any, rules: str | Path | Rulebook) -> tuple[str | Path | Rulebook, list[str]]:  # noqa: ANN401

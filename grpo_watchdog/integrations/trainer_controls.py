@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,27 +107,22 @@ class TrainerControls(TorchControls):
 
     def drill(self, loss: Callable[[], Any] | None) -> list[Proof]:
         """Prove every dose on this trainer, with a batch and a loss of its own where none is given."""
-        bare = [Part("model", self._model.state_dict, self._model.load_state_dict)]
-        bare += [Part("optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict), *generators()]
-        before = everything(bare)
-        with self._looking_away(), self._taps.asleep(), aside(self._subject(bare)):
+        numbers = generators()
+        before = everything(numbers)
+        with self._looking_away(), self._taps.asleep(), aside(self._subject(numbers)):
             try:
                 with as_it_was(self._trainer):
-                    proofs = self._prove(loss, before, bare)
+                    proofs = self._prove(loss)
             finally:
-                put_back(bare, before)
+                put_back(numbers, before)
         return proofs
 
-    def _prove(self, loss: Callable[[], Any] | None, before: Mapping[str, Any], bare: Sequence[Part]) -> list[Proof]:
+    def _prove(self, loss: Callable[[], Any] | None) -> list[Proof]:
         trainer, why = self._trainer, ""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
         try:
             loss = loss or make_loss(trainer, self.knobs.get("kl_coef"))
         except Exception as error:  # noqa: BLE001 - the user's reward functions, say
             why = f"no batch could be drawn: {type(error).__name__}: {error}"
-        put_back([p for p in bare if p.name != "optimizer"], before)  # the scheduler has just set the rates
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         more = []
         if "grad_norm_limit" in self.knobs:
             more.append(("grad_norm_limit", lambda: clipped(trainer, self.knobs["grad_norm_limit"])))

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from grpo_watchdog.integrations.torch_drill import FailedError, nudge, same_numbers
+from grpo_watchdog.integrations.torch_proofs import FailedError
+from grpo_watchdog.integrations.torch_stir import nudge, same_numbers
 from grpo_watchdog.integrations.trainer_knobs import is_a
 from grpo_watchdog.integrations.trainer_state import MARKS
 

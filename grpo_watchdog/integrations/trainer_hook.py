@@ -134,7 +134,7 @@ class TrainerHook(TrainerCallback):
             arguments.save_total_limit = limit
         try:
             self._arrived(f"checkpoint-{trainer.state.global_step}")
-            self._vault.rotate(limit, trainer.state.best_model_checkpoint)
+            self._vault.rotate(limit)
         except Exception as error:  # noqa: BLE001 - nothing of ours may break the training
             _log.warning("%s", error)
         return result

@@ -35,7 +35,7 @@ class Taps:
         """Wrap nothing yet but what every trainer has."""
         self.trainer = trainer
         self.transfers = 0  # host transfers made for metrics, in all
-        self._wrapped: list[tuple[str, bool, Any]] = []
+        self._wrapped: list[tuple[str, Any]] = []  # with what this trainer itself had there, None for its class's
         self._losses: list[torch.Tensor] = []
         self._norm: Any = None
         self._seen: dict[str, int] = {}
@@ -58,15 +58,15 @@ class Taps:
             return around(inner, *args, **kwargs)
 
         setattr(self.trainer, name, tapped)
-        self._wrapped.append((name, name in vars(self.trainer) and own is not None, own))
+        self._wrapped.append((name, own))
 
     def detach(self) -> None:
         """Give the trainer its methods back."""
-        for name, had, own in reversed(self._wrapped):
-            if had:
-                setattr(self.trainer, name, own)
-            else:
+        for name, own in reversed(self._wrapped):
+            if own is None:
                 vars(self.trainer).pop(name, None)
+            else:
+                setattr(self.trainer, name, own)
         self._wrapped = []
 
     @contextmanager

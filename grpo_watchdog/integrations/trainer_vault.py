@@ -29,17 +29,19 @@ class TrainerVault(Vault):
         folder: the trainer's output_dir.
         run: what this run is called: stamps of another run in the same folder count for nothing.
         state: reads and completes such a folder.
+        best: returns the names of what the trainer calls its best: never deleted here.
         writes: whether this process marks checkpoints: one of several does.
     """
 
-    def __init__(self, folder: Path, run: str, state: TrainerState, *, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path, run: str, state: TrainerState, best: Callable[[], set[str]], *, writes: bool = True
+    ) -> None:
         """Remember where; touch nothing."""
         super().__init__(folder)
-        self._run, self._state, self._writes = run, state, writes
+        self._run, self._state, self._best, self._writes = run, state, best, writes
         self._due: dict[str, Mapping[str, Any]] = {}  # asked for and not written yet: the watchdog's memory
         self._ours: set[str] = set()  # written because the watchdog asked, and for no other reason
         self._marked: dict[str, Mapping[str, Any]] = {}  # the memory of what was written and marked
-        self.best: Callable[[], set[str]] = set  # what the trainer calls its best: never deleted here
         self.known: set[str] = set()  # in the ledger: not to be deleted by anybody else
 
     def save(self, step: int, write: Callable[[Path], None], memory: Mapping[str, Any]) -> str:
@@ -111,7 +113,7 @@ class TrainerVault(Vault):
 
     def delete(self, checkpoint_id: str) -> None:
         """Delete a checkpoint that was only written for the watchdog; take its marks off any other."""
-        ours = checkpoint_id in self._ours and checkpoint_id not in self.best()
+        ours = checkpoint_id in self._ours and checkpoint_id not in self._best()
         self.forget(checkpoint_id)
         if not self._writes:
             return
@@ -127,13 +129,14 @@ class TrainerVault(Vault):
         self.known.discard(checkpoint_id)
         self._ours.discard(checkpoint_id)
 
-    def rotate(self, limit: int | None, best: str | None) -> None:
+    def rotate(self, limit: int | None) -> None:
         """Delete the oldest checkpoints over the user's `save_total_limit`, but none that the watchdog needs."""
         if not limit or limit < 0 or not self._writes:
             return
         kept = sorted(self.folder.glob(f"{_PREFIX}[0-9]*"), key=lambda path: path.stat().st_mtime)
-        safe = {*self.known, *(path.name for path in kept[-1:]), *([Path(best).name] if best else [])}
-        surplus = len(kept) - max(limit, 1 + bool(best and Path(best).name != kept[-1].name))
+        wanted = {path.name for path in kept[-1:]} | (self._best() & {path.name for path in kept})
+        safe = wanted | self.known
+        surplus = len(kept) - max(limit, len(wanted))
         for path in kept:
             if surplus <= 0:
                 break
