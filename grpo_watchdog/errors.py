@@ -6,7 +6,8 @@ WatchdogError
 ├── CheckpointError         a checkpoint cannot be written, trusted or restored
 │   ├── DamagedError        what lies on disk is not what was written
 │   └── RestartError        this trainer goes back to a checkpoint only when it is started anew
-└── JournalError            a journal cannot be read
+├── JournalError            a journal cannot be read
+└── LogError                a log cannot be read, or nothing in it can be used
 
 Bad configuration raises. Trouble in the run is returned in a verdict, and an action that failed is an
 outcome: nothing here is ever raised out of `Watchdog.observe`.
@@ -65,3 +66,7 @@ class RestartError(CheckpointError):
 
 class JournalError(WatchdogError):
     """A journal cannot be read: it is absent, of another schema, or not a journal."""
+
+
+class LogError(WatchdogError):
+    """A log cannot be read, or nothing in it can be used: one line of where, what, and what is allowed."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from grpo_watchdog.metrics import METRICS, Step
+from grpo_watchdog.roster import Roster
 from grpo_watchdog.rule import RANK, Rule
 from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watch import Finding, Watch
@@ -43,7 +44,7 @@ class Findings:
         """Start with every rule inactive."""
         self._watches = [Watch(rule_id, rule) for rule_id, rule in sorted(book.rules.items())]
         self._rules = {w.rule_id: w.rule for w in self._watches}
-        self._group()
+        self._roster = Roster(self._watches)
         self._observations = 0
         self._last: Mapping[str, float] = {}
         self._sampled: dict[str, float] = {}
@@ -56,20 +57,8 @@ class Findings:
 
         Notices are brought up to date when anything starts, ends or changes in rank, not on every step.
         """
-        values, number, dirty, turned = step.values, step.number, False, False
-        get = values.get
-        for watch, metric, low, high in self._asleep:
-            if not low <= get(metric, _NAN) <= high:
-                dirty |= watch.update(values, number) or watch.loud
-                turned = True
-        for watch in self._awake:
-            dirty |= watch.update(values, number) or watch.loud
-            turned = turned or watch.interval() is not None
-        for watch in self._always:
-            dirty |= watch.update(values, number) or watch.loud
-        if turned:
-            self._sort()
-        if dirty:
+        values = step.values
+        if self._roster.look(values, step.number):
             self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
         self._last = values
         self._observations += 1
@@ -77,38 +66,25 @@ class Findings:
             self._look_for_frozen(values)
         return self.firing
 
-    def _group(self) -> None:
-        """Tell apart those that may sleep, and those that look at every step."""
-        self._sleepers = [w for w in self._watches if w.detector.quiet or w.detector.steady]
-        self._awake = self._sleepers  # those that the next value may change
-        self._asleep: list[tuple[Watch, str, float, float]] = []
-        self._always = [w for w in self._watches if w not in self._sleepers]
-
-    def _sort(self) -> None:
-        """Put to sleep whom only a value outside an interval can change; most rules of a healthy run."""
-        self._asleep, self._awake = [], []
-        for watch in self._sleepers:
-            interval = watch.interval()
-            if interval is None:
-                self._awake.append(watch)
-            else:
-                self._asleep.append((watch, *interval))
-
     def expect(self, metrics: Collection[str]) -> None:
         """Begin anew with every rule that looks at one of these metrics: what they were says nothing any more."""
+        self._roster.catch_up()
         self._watches = [
             Watch(w.rule_id, w.rule) if not set(metrics).isdisjoint(w.detector.needs) else w for w in self._watches
         ]
-        self._group()
+        self._roster = Roster(self._watches)
         self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
 
     def blind(self) -> tuple[Blind, ...]:
         """Return the rules that cannot see, and why: a metric is absent, frozen, or says nothing."""
+        self._roster.catch_up()
         found = [self._blindness(watch) for watch in self._watches]
         return tuple(blind for blind in found if blind is not None)
 
     def _blindness(self, watch: Watch) -> Blind | None:
-        needs = watch.detector.needs
+        needs, beside = watch.detector.needs, watch.rule.beside
+        if beside and not watch.seen and not any(name in self._last for name in beside):
+            return Blind(watch.rule_id, tuple(beside), "never given")
         missing = tuple(name for name in needs if name not in self._last)
         absent = bool(missing) and (watch.detector.needs_all or len(missing) == len(needs))
         if absent and not watch.seen:
@@ -128,6 +104,7 @@ class Findings:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every rule as JSON-able values."""
+        self._roster.catch_up()
         return {
             "watches": {w.rule_id: w.state_dict() for w in self._watches},
             "observations": self._observations,
@@ -139,13 +116,14 @@ class Findings:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned; rules that it does not know keep theirs."""
+        self._roster.catch_up()
         for watch in self._watches:
             if watch.rule_id in state["watches"]:
                 watch.load_state_dict(state["watches"][watch.rule_id])
         self._observations, self._last = state["observations"], dict(state["last"])
         self._sampled, self._unchanged = dict(state["sampled"]), dict(state["unchanged"])
         self._began = dict(state["began"])
-        self._sort()
+        self._roster = Roster(self._watches)
         self.firing = self._explained([w.finding for w in self._watches if w.finding is not None])
 
     def _explained(self, found: list[Finding]) -> tuple[Finding, ...]:
@@ -185,7 +163,4 @@ def _weighed(finding: Finding, rule: Rule, began: Mapping[str, int]) -> Finding:
     seen = not rule.corroborated_by or any(began.get(name, latest + 1) <= latest for name in rule.corroborated_by)
     if seen and not any(name in began for name in rule.contradicted_by):
         return finding
-    return finding._replace(severity=_MILDER[finding.severity], alone=True)
-
-
-_NAN = float("nan")
+    return finding._replace(severity=rule.alone or _MILDER[finding.severity], alone=True)

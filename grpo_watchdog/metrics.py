@@ -53,6 +53,7 @@ METRICS: dict[str, Metric] = {
                (-1, 1), _DOCUMENT),
         Metric("kl_penalty", "nats", _REF, _SEQ, "k1: log_prob_current - log_prob_ref",
                (-1, 1), _DOCUMENT),
+        Metric("value_loss", "1", "", _BATCH, "loss of the critic, where there is one"),
         Metric("mean_ratio", "1", "current/as in the surrogate", _BATCH, "mean(exp(log_ratio))",
                (0.5, 2), _DOCUMENT),
         Metric("mean_advantage", "1", "", _BATCH, "mean((r - mean(r_group)) / (std(r_group) + eps))",
@@ -72,6 +73,7 @@ METRICS: dict[str, Metric] = {
         Metric("ess", "fraction", _OLD, "over batch", "(sum w)^2 / (n sum w^2), w = exp(log_ratio)"),
         Metric("step_kl", "nats", _OLD, "mean", "k3: exp(d) - 1 - d, d = log_ratio to old, on samples of old"),
         Metric("kl", "nats", _REF, "as the source states", "estimator as the source states"),
+        Metric("token_kl", "nats", _REF, "mean per token", "k3, k2 or |k1| of the log-ratio, as the source states: never below 0"),
         Metric("kl_k1", "nats", _REF, "mean per token", "k1: log p_current - log p_reference"),
         Metric("kl_k2", "nats", _REF, "mean per token", "k2: (log p_current - log p_reference)^2 / 2"),
         Metric("sequence_kl", "nats", _REF, _SEQ, "k3: exp(d) - 1 - d, d = log p_reference - log p_current"),
@@ -88,6 +90,8 @@ METRICS: dict[str, Metric] = {
         Metric("grad_norm_limit", "1", "", _STEP, "the norm that gradients are clipped to"),
         Metric("learning_rate", "1", "", _STEP, "largest over the parameter groups, as applied"),
         Metric("completion_length", "tokens", "", _BATCH, "mean number of generated tokens"),
+        Metric("min_completion_length", "tokens", "", "min over batch", "fewest generated tokens"),
+        Metric("max_completion_length", "tokens", "", "max over batch", "most generated tokens"),
         Metric("truncated_fraction", "fraction", "", _BATCH, "share of completions cut at the limit"),
         Metric("sampler_mismatch", "nats", "trainer/sampler", "mean", "|log p_train - log p_sampler|"),
         Metric("param_change", "fraction", "", "over trainable parameters", "|dw| / |w| in one step"),
@@ -142,7 +146,11 @@ class Intake:
             notices.append(text if len(self._said) <= _MOST_SAID else "too much to say about the metrics: no more is")
 
         number = self._number(step, say)
-        values: dict[str, float] = {}
+        if type(metrics) is dict and metrics.keys() <= _NAMES and set(map(type, metrics.values())) == _PLAIN:
+            values = dict(metrics)
+            self._derive(values)
+            return Step(number, values), notices
+        values = {}
         others: dict[str, Any] = {}
         for name, value in _items(metrics, say):
             if not isinstance(name, str) or name not in METRICS:
@@ -199,6 +207,9 @@ class Intake:
                 say("step:back", f"step went back from {last} to {number} without a rollback")
         self._last = number
         return number
+
+
+_NAMES, _PLAIN = METRICS.keys(), {float}  # of a step that is as it should be, most are: it is taken as it is
 
 
 def _whole(step: Any) -> int:  # noqa: ANN401

@@ -42,6 +42,7 @@ class Planner:
         self._hints = any(
             level.do and (level.severity == "notice" or not set(level.do) - WATCHFUL) for _, _, level in levels
         )
+        self._asks = {(rule_id, rank) for rule_id, rank, level in levels if level.do}
         self._now = 0
         self._healthy = 0
         self._dosage = Dosage(book, bases)
@@ -72,8 +73,10 @@ class Planner:
             self._forget({f.rule for f in findings})
         if self.halted:
             return [], []
-        if healthy and not self.doses and not self.paused and not (self._hints and findings):
+        if healthy and not self.doses and not self.paused and not self._asked(findings):
             ledger.shorten(1.0)
+            if self._hints and findings and self._dosage.healthy_for(self._healthy):
+                self._interval = self._policy.checkpoint_every
             return self._due_checkpoint(ledger), []
         wants = wanted(self._book, self._asking(findings))
         effects, orders, failed = self._dosage.effects(values, {f.rule for f in findings}, self._now)
@@ -87,6 +90,10 @@ class Planner:
         if healthy:
             orders += self._in_health(values, ledger)
         return _in_turn(orders), effects
+
+    def _asked(self, findings: Sequence[Finding]) -> bool:
+        """Return whether any finding may ask for something."""
+        return any((finding.rule, finding.rank) in self._asks for finding in findings)
 
     def _asking(self, findings: Sequence[Finding]) -> list[Finding]:
         """Return the findings that may ask for something; what is only reported explains nothing away."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic itself needs it below Python 3.12
 
 from grpo_watchdog.actions import ACTIONS
@@ -107,11 +107,14 @@ class Rule(Model):
     Attributes:
         title: what to call it in a report.
         source: where in the document, or in the readings, it stands.
-        for_: consecutive observations on which it must hold before it fires [observations].
+        for_: observations on which it must hold before it fires: in a row, or of the last `out_of` [observations].
+        out_of: the observations that `for` is counted over; none means in a row [observations].
         keep_firing_for: consecutive observations on which it must not hold before it stops [observations].
         inhibits: rules that are this one's symptoms: while this fires, theirs are listed under it.
         corroborated_by: rules of which one must fire too; until then this one is a level milder and asks for nothing.
         contradicted_by: rules of which none may fire; while one does, the same.
+        alone: its severity while nothing corroborates it, or something contradicts it; none means a level milder.
+        beside: metrics of which one must be given beside its own, or it is blind: its claim rests on them too.
         causes: likely causes, in the document's order.
         switch_on: what to log where the rule is blind.
         examples: its tests.
@@ -121,18 +124,32 @@ class Rule(Model):
     title: Text
     source: str
     for_: Annotated[int, Field(alias="for", ge=1, le=100_000)] = 1
+    out_of: Annotated[int, Field(ge=2, le=10_000)] | None = None
     keep_firing_for: Annotated[int, Field(ge=1, le=100_000)] = 5
     inhibits: list[str] = Field(default_factory=list)
     corroborated_by: list[str] = Field(default_factory=list)
     contradicted_by: list[str] = Field(default_factory=list)
+    alone: Severity | None = None
+    beside: list[MetricName] = Field(default_factory=list)
     causes: list[str] = Field(default_factory=list)
     switch_on: Text | None = None
     examples: list[Example] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _room_for_all(self) -> Self:
+        if self.out_of is not None and self.out_of < self.for_:
+            raise ValueError(f"out_of must not be below for, and {self.out_of} is below {self.for_}")
+        return self
 
     @property
     def ladder(self) -> tuple[Level, ...]:
         """Return the levels this rule can reach, mildest first."""
         raise NotImplementedError
+
+    @property
+    def in_a_row(self) -> int:
+        """Return for how many observations in a row its detector's reading must stand before it fires."""
+        return self.for_ if self.out_of is None else 1  # what is counted over a window, the detector counts
 
 
 class SingleRule(Rule):

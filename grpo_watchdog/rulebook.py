@@ -137,11 +137,19 @@ class Evidence(Model):
 
 
 class Cause(Model):
-    """A likely cause, and what to do about it next time."""
+    """A likely cause, and what to do about it next time.
+
+    Attributes:
+        title: what to call it.
+        remedy: what to do about it.
+        evidence: what speaks for or against it.
+        next_: by setting, the factor on what this run had that the next one should begin with.
+    """
 
     title: Text
     remedy: Text
     evidence: list[Evidence] = Field(default_factory=list)
+    next_: dict[Literal["learning_rate", "kl_coef", "clip_epsilon"], Positive] = Field(default_factory=dict, alias="next")
 
 
 class Base(Model):

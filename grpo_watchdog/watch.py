@@ -6,10 +6,12 @@ hysteresis, where the rule has it). A missing metric neither starts nor ends any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 from grpo_watchdog.detectors import Reading, detector
+from grpo_watchdog.detectors.detector import Memoryless
+from grpo_watchdog.detectors.sleep import Interval, Sleeper
 from grpo_watchdog.rule import Rule
 
 
@@ -54,6 +56,7 @@ class Watch:
         "active",
         "age",
         "below",
+        "calm",
         "detector",
         "finding",
         "held",
@@ -63,17 +66,24 @@ class Watch:
         "needs",
         "needs_all",
         "over",
+        "read",
         "rule",
         "rule_id",
         "seen",
         "settled",
         "since",
+        "sleeper",
+        "watched",
     )
 
     def __init__(self, rule_id: str, rule: Rule) -> None:
         """Start inactive."""
         self.rule_id, self.rule = rule_id, rule
         self.detector = detector(rule)
+        self.read = self.detector.read
+        self.sleeper = self.detector if isinstance(self.detector, Sleeper) else None
+        told = (self.detector.quiet or self.detector.steady) if isinstance(self.detector, Memoryless) else None
+        self.watched = () if told is None else (told[0],)  # the metric by which one without a memory sleeps
         self.needs, self.needs_all = frozenset(self.detector.needs), self.detector.needs_all
         self.ladder = rule.ladder
         levels = len(self.ladder)
@@ -88,18 +98,35 @@ class Watch:
         self.finding: Finding | None = None
         self.missing = 0  # consecutive observations without what it needs
         self.seen = False
+        self.calm = False  # it sees, and nothing fires or begins to
 
     def update(self, values: Mapping[str, float], step: int) -> bool:
         """Look at one step; return whether the finding changed in rank."""
-        every, given = self.needs_all, self.needs
-        able = all(map(values.__contains__, given)) if every else not given.isdisjoint(values)
-        reading = self.detector.read(values, firing=self.held > 0) if able else None
+        return self.take(self.read(values, firing=self.held > 0) if self.able(values) else None, step)
+
+    def able(self, values: Mapping[str, float]) -> bool:
+        """Return whether it can see by these metrics."""
+        given = self.needs
+        beside = self.rule.beside
+        if beside and not any(map(values.__contains__, beside)):
+            return False
+        return all(map(values.__contains__, given)) if self.needs_all else not given.isdisjoint(values)
+
+    def miss(self, observations: int) -> None:
+        """Count observations on which it could not see."""
+        if observations:
+            self.missing += observations
+            self.calm = False
+
+    def take(self, reading: Reading | None, step: int) -> bool:
+        """Learn what the detector saw; return whether the finding changed in rank."""
         if reading is None:
-            self.missing += 1
+            self.miss(1)
             return False
         self.seen, self.missing = True, 0
         rank = reading.rank
         if not rank and not self.active:
+            self.calm = True
             return False
         if self.settled and rank == self.held == reading.sticky:
             return False
@@ -107,20 +134,25 @@ class Watch:
         self.settled = rank == self.held == reading.sticky and rank > 0 and not self.loud and not any(self.below[:rank])
         return changed
 
-    def interval(self) -> tuple[str, float, float] | None:
-        """Return the metric and the closed interval within which the next value changes nothing, where there is one."""
+    def columns(self, given: Container[str]) -> tuple[str, ...]:
+        """Return the metrics on whose values it depends whether it may sleep; none where it never does."""
+        return self.watched if self.sleeper is None else self.sleeper.columns(given)
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return, by column, the closed interval within which the next value changes nothing, where there is one."""
         if self.missing or not self.seen:
             return None
-        if self.settled:
-            return self.detector.steady
-        return None if self.active else self.detector.quiet
+        if self.sleeper is not None:
+            return None if self.active else self.sleeper.sleep()
+        told = self.detector.steady if self.settled else None if self.active else self.detector.quiet
+        return None if told is None else (told[1:],)
 
     def _advance(self, reading: Reading, step: int) -> bool:
         before, rule = self.held, self.rule
         for level in range(len(self.over)):
             self.over[level] = self.over[level] + 1 if reading.rank > level else 0
             self.below[level] = self.below[level] + 1 if reading.sticky <= level else 0
-            if self.over[level] >= rule.for_:
+            if self.over[level] >= rule.in_a_row:
                 self.held = max(self.held, level + 1)
         while self.held and self.below[self.held - 1] >= rule.keep_firing_for:
             self.held -= 1
@@ -128,6 +160,7 @@ class Watch:
             self.since, self.age = step, 0
         self.age = max(self.age + 1, reading.back) if self.active else reading.back
         self.active = self.held > 0 or reading.rank > 0
+        self.calm = not self.active
         if not self.active:
             self.since = None
         self.finding = self._finding(reading, step) if self.held else None
@@ -159,6 +192,7 @@ class Watch:
         self.over, self.below, self.held = list(state["over"]), list(state["below"]), state["held"]
         self.active, self.since, self.age = state["active"], state["since"], state["age"]
         self.missing, self.seen, self.settled = state["missing"], state["seen"], state["settled"]
+        self.calm = self.seen and not self.missing and not self.active
         self.finding = None if state["finding"] is None else Finding(*state["finding"])
         self.loud = self.finding is not None and self.finding.severity != "notice"
         self.detector.load_state_dict(state["detector"])

@@ -92,7 +92,7 @@ def test_the_page_of_metrics_is_what_the_command_prints(capsys: pytest.CaptureFi
 
 
 def test_the_page_of_trl_has_the_table_of_its_keys() -> None:
-    from grpo_watchdog.integrations.trl_names import as_markdown  # noqa: PLC0415
+    from grpo_watchdog.names.trl_keys import as_markdown  # noqa: PLC0415
 
     page = (ROOT / "docs/trl.md").read_text(encoding="utf-8")
     assert page.split("<!-- keys", 1)[1].split("-->\n", 1)[1] == as_markdown()

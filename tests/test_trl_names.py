@@ -20,8 +20,8 @@ import tokenizers
 import torch
 import transformers
 
-from grpo_watchdog.integrations.trl_names import FAMILIES, NOTES, as_markdown, canonical, known
 from grpo_watchdog.metrics import METRICS
+from grpo_watchdog.names.trl_keys import FAMILIES, NOTES, as_markdown, canonical, known
 
 trl: Any = pytest.importorskip("trl")  # neither says which names it exports, or their types
 datasets: Any = pytest.importorskip("datasets")

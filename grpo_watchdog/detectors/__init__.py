@@ -13,16 +13,22 @@ from pydantic import Field
 from grpo_watchdog.detectors import (
     band,
     collapse,
+    crash,
     drift,
     fall,
+    first,
     flat,
+    gain,
     identity,
     jointly,
+    mostly,
     moved,
     near,
     nonfinite,
     outside,
     saturation,
+    shrunk,
+    still,
     surge,
     trend,
     weight,
@@ -43,6 +49,11 @@ AnyRule = Annotated[
     | jointly.JointlyRule
     | fall.FallRule
     | flat.FlatRule
+    | first.FirstRule
+    | crash.CrashRule
+    | gain.GainRule
+    | shrunk.ShrunkRule
+    | still.StillRule
     | identity.IdentityRule
     | trend.TrendRule
     | drift.DriftRule,
@@ -62,6 +73,11 @@ KINDS: dict[str, Callable[[Any], Detector]] = {
     "jointly": jointly.JointlyDetector,
     "fall": fall.FallDetector,
     "flat": flat.FlatDetector,
+    "first": first.FirstDetector,
+    "crash": crash.CrashDetector,
+    "gain": gain.GainDetector,
+    "shrunk": shrunk.ShrunkDetector,
+    "still": still.StillDetector,
     "loss_identity": identity.IdentityDetector,
     "trend": trend.TrendDetector,
     "drift": drift.DriftDetector,
@@ -70,7 +86,8 @@ KINDS: dict[str, Callable[[Any], Detector]] = {
 
 def detector(rule: Rule) -> Detector:
     """Return a fresh detector for a rule."""
-    return KINDS[rule.kind](rule)
+    made = KINDS[rule.kind](rule)
+    return made if rule.out_of is None else mostly.Mostly(made, rule.for_, rule.out_of, len(rule.ladder))
 
 
 __all__ = ["KINDS", "AnyRule", "Detector", "Reading", "detector"]

@@ -62,7 +62,14 @@ def _spread(ordered: list[float]) -> float:
     """Return the interquartile range, or a share of a wider one where most values are the same."""
     count = len(ordered)
     quartiles = ordered[3 * count // 4] - ordered[count // 4]
-    return max(quartiles, (ordered[19 * count // 20] - ordered[count // 20]) / _WIDER)
+    wider = (ordered[19 * count // 20] - ordered[count // 20]) / _WIDER
+    return max(quartiles, wider)
+
+
+def _within(value: float, middle: float, distance: float) -> float:
+    """Return the value, or the end of the interval that it lies beyond."""
+    low, high = middle - distance, middle + distance
+    return low if value < low else min(value, high)
 
 
 class _Autoregression:
@@ -100,12 +107,12 @@ class _Autoregression:
             return
         a, b = lag - self._origin, target - self._origin
         x, y, xx, xy = self._sums
-        x, y, xx, xy = x + a, y + b, xx + a * a, xy + a * b
         if len(pairs) > self._window:
             lag, target = pairs.popleft()
-            a, b = lag - self._origin, target - self._origin
-            x, y, xx, xy = x - a, y - b, xx - a * a, xy - a * b
-        self._sums = (x, y, xx, xy)
+            c, d = lag - self._origin, target - self._origin
+            self._sums = (x + a - c, y + b - d, xx + a * a - c * c, xy + a * b - c * d)
+        else:
+            self._sums = (x + a, y + b, xx + a * a, xy + a * b)
 
     def _afresh(self, origin: float) -> None:
         """Take the sums anew: what rounding left in them goes."""
@@ -135,7 +142,11 @@ class DriftDetector:
 
     def __init__(self, rule: DriftRule) -> None:
         """Start without a baseline."""
-        self._rule = rule
+        self._metric, self._direction = (
+            rule.metric,
+            rule.direction,
+        )  # a look at a pydantic model costs several at a plain attribute
+        self._window, self._arl, self._min_history = rule.window, rule.arl, rule.min_history
         self.needs: tuple[str, ...] = (rule.metric,)
         self._suspicious = math.sqrt(rule.arl)  # from here on the baseline is kept as it is, not to learn the trouble
         weights = [[0.0] + [rank ** (eps - 1.0) for rank in range(1, rule.window + 2)] for eps in _BETS]
@@ -144,7 +155,7 @@ class DriftDetector:
         self._reset()
 
     def _reset(self) -> None:
-        self._fit = _Autoregression(self._rule.window)
+        self._fit = _Autoregression(self._window)
         self._residuals: deque[float] = deque()
         self._sorted: list[float] = []
         self._values: deque[float] = deque()  # the observations that the residuals belong to
@@ -158,7 +169,7 @@ class DriftDetector:
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return whether the evidence suffices; None on a value that is none, and while there is no baseline."""
-        metric = self._rule.metric
+        metric = self._metric
         value = values[metric]
         if not -_HUGE < value < _HUGE:
             return None
@@ -171,75 +182,85 @@ class DriftDetector:
         residual = value - expected
         if abs(residual) <= _ROUNDING * (abs(value) + abs(expected)):
             residual = 0.0
-        known = len(self._sorted) >= self._rule.min_history
-        evidence = self._weigh(value, residual, expected) if known else 0.0
+        count = len(self._sorted)
+        known = count >= self._min_history
+        spread = _spread(self._sorted) if count >= _BURN else 0.0
+        evidence = self._weigh(value, residual, expected, spread) if known else 0.0
         if self._side or evidence >= self._suspicious:
             self._lag = value
         else:
-            self._learn(value, residual, expected)
+            self._learn(value, residual, expected, spread)
         if self._hold:
             return Reading(1, 1, metric, value, None, self._note)
         if firing:
             return Reading(0, 0, metric, value, None)
         return CALM if known else None
 
-    def _weigh(self, value: float, residual: float, expected: float) -> float:
+    def _weigh(self, value: float, residual: float, expected: float, spread: float) -> float:
         """Return the evidence after this residual; note the alarm where it suffices."""
-        ordered, raw, direction = self._sorted, self._ordered, self._rule.direction
+        ordered, raw, direction = self._sorted, self._ordered, self._direction
         known = len(ordered)
         count = known + 1
-        margin = _MARGIN / math.sqrt(known) * _spread(ordered)
+        margin = _MARGIN / math.sqrt(known) * spread
         # The milder of two ranks, the residual's and the value's own: what comes back to where it was is no news, nor
         # is a tie, nor a learning curve that slows down. A rank that is too mild can only delay.
-        above = count - min(bisect_left(ordered, residual - margin), bisect_left(raw, value))
-        below = 1 + max(bisect_right(ordered, residual + margin), bisect_right(raw, value))
+        above = below = 0
+        if direction != "down":
+            above = count - min(bisect_left(ordered, residual - margin), bisect_left(raw, value))
+        if direction != "up":
+            below = 1 + max(bisect_right(ordered, residual + margin), bisect_right(raw, value))
         if self._side:
             weight, total = self._bets[_HOLD]
             factor = weight[above if self._side == "up" else below] * count / total[count]
-            self._hold = min(self._hold * factor, self._rule.arl)
+            self._hold = min(self._hold * factor, self._arl)
             if self._hold < self._suspicious:
                 self._hold = 0.0
             return self._hold
         up = self._bet(self._up, above, count) if direction != "down" else 0.0
         down = self._bet(self._down, below, count) if direction != "up" else 0.0
         evidence = (up + down) / 2 if direction == "both" else up + down
-        if evidence >= self._rule.arl:
+        if evidence >= self._arl:
             self._side = "up" if up > down else "down"
-            self._hold = self._rule.arl
+            self._hold = self._arl
             self._note = f"drifts {self._side} from its own last {known} observations, which foretold {expected:.4g}"
         return evidence
 
     def _bet(self, wealth: list[float], rank: int, count: int) -> float:
         """Return the mean over the bets of M = (M + 1) * e."""
-        total = 0.0
-        for number, (weight, sums) in enumerate(self._bets):
-            grown = wealth[number] = (wealth[number] + 1.0) * weight[rank] * count / sums[count]
-            total += grown
-        return total / len(wealth)
+        (one, all_one), (two, all_two), (three, all_three), (four, all_four) = self._bets
+        a, b, c, d = wealth
+        a = (a + 1.0) * one[rank] * count / all_one[count]
+        b = (b + 1.0) * two[rank] * count / all_two[count]
+        c = (c + 1.0) * three[rank] * count / all_three[count]
+        d = (d + 1.0) * four[rank] * count / all_four[count]
+        wealth[:] = a, b, c, d
+        return (a + b + c + d) / 4
 
-    def _learn(self, value: float, residual: float, expected: float) -> None:
+    def _learn(self, value: float, residual: float, expected: float, spread: float) -> None:
         """Take the newest observation into the baseline; an outlier pulls it only so far."""
         ordered, lag = self._sorted, self._lag
         count = len(ordered)
         target = mild = residual
         if count >= _BURN:
             middle = ordered[count // 2]
-            spread = _spread(ordered)
-            target = min(max(residual, middle - _CLIPPED * spread), middle + _CLIPPED * spread)
-            mild = min(max(residual, middle - _CLIPPED_LAG * spread), middle + _CLIPPED_LAG * spread)
+            far = _CLIPPED * spread
+            if not middle - far <= residual <= middle + far:
+                target = _within(residual, middle, far)
+                mild = _within(residual, middle, _CLIPPED_LAG * spread)
         assert lag is not None
         self._fit.learn(lag, expected + target)
         self._lag = expected + mild
         self._learned += 1
         if self._learned <= _BURN:
             return
+        raw = self._ordered
         self._residuals.append(residual)
         self._values.append(value)
         insort(ordered, residual)
-        insort(self._ordered, value)
-        if len(ordered) > self._rule.window:
+        insort(raw, value)
+        if count >= self._window:
             del ordered[bisect_left(ordered, self._residuals.popleft())]
-            del self._ordered[bisect_left(self._ordered, self._values.popleft())]
+            del raw[bisect_left(raw, self._values.popleft())]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the baseline and the evidence."""

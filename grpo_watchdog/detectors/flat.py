@@ -12,15 +12,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from grpo_watchdog.detectors.detector import CALM, Reading
+from grpo_watchdog.detectors.sleep import MOST, Interval
 from grpo_watchdog.rule import Number, SingleRule
 
 _ALL = 0.99  # of the groups
+_BELOW = math.nextafter(_ALL, 0)
 _CHANCE = 1e-6  # of a stretch as long as that
 _RATE_WINDOW = 128  # batches that the rate is taken from
 
@@ -66,7 +68,8 @@ class FlatDetector:
         if not math.isfinite(share + spread + reward):
             return None
         if not self._flat(share, spread):
-            self._flats.extend([True] * (self._length if self._length < self._enough() else 0))
+            if self._length and self._length < self._enough():
+                self._flats.extend([True] * self._length)
             self._flats.append(False)
             self._since, self._length = None, 0
             self._before.append((share, spread, reward))
@@ -81,6 +84,20 @@ class FlatDetector:
             return Reading(0, 0, "zero_std_fraction", share, _ALL) if firing else CALM
         note = f"it was {statistics.median(row[0] for row in self._before):.3g} until then; reward {reward:.4g}"
         return Reading(1, 1, "zero_std_fraction", share, _ALL, note, self._length - 1)
+
+    def columns(self, given: Container[str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return all three, in the order in which they are kept."""
+        return self.needs
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return where a batch has differences, while those before had them."""
+        return None if self._length else ((-MOST, _BELOW), (-MOST, MOST), (-MOST, MOST))
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Keep the batches with differences."""
+        share, spread, reward = columns
+        self._flats.extend([False] * len(share))
+        self._before.extend(zip(share, spread, reward, strict=True))
 
     def _enough(self) -> float:
         """Return from which length on a stretch is no chance; more than any where the rate is not known yet."""

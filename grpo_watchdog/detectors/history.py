@@ -5,13 +5,14 @@ Not-a-number never enters. Values are kept in order of time and, beside that, so
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 _MAD = 1.4826  # a median absolute deviation times this is the standard deviation of normal noise
+_FEW = 4  # values up to which it is quicker to put each in its place than to sort
 _REFRESH = 8  # values after which the deviation is taken anew: it costs a sort
 
 
@@ -22,41 +23,69 @@ class History:
         size: how many are kept.
     """
 
-    __slots__ = ("_deviation", "_fresh", "_sorted", "values")
+    __slots__ = ("_deviation", "_fresh", "_size", "_sorted", "values")
 
     def __init__(self, size: int) -> None:
         """Start empty."""
+        self._size = size
         self.values: deque[float] = deque(maxlen=size)
         self._sorted: list[float] = []
         self._deviation, self._fresh = 0.0, 0
 
     def __len__(self) -> int:
         """Return how many values are kept."""
-        return len(self.values)
+        return len(self._sorted)
 
     def add(self, value: float) -> None:
         """Add one value; the oldest makes room. Not-a-number and infinity are passed over."""
-        if not math.isfinite(value):
+        if not isfinite(value):
             return
-        kept = self._sorted
-        if len(self.values) == self.values.maxlen:
-            del kept[bisect_left(kept, self.values[0])]
-        self.values.append(value)
+        kept, values = self._sorted, self.values
+        if len(kept) == self._size:
+            del kept[bisect_left(kept, values[0])]
+        values.append(value)
         insort(kept, value)
         self._fresh -= 1
 
+    def extend(self, values: Sequence[float]) -> None:
+        """Add several finite values at once, which costs one sort where there are many."""
+        if len(values) < _FEW:
+            for value in values:
+                self.add(value)
+            return
+        self.values.extend(values)
+        self._sorted = sorted(self.values)
+        self._fresh -= len(values)
+
     def median(self) -> float:
         """Return the median; there must be a value."""
-        kept, half = self._sorted, len(self._sorted) // 2
-        return kept[half] if len(kept) % 2 else (kept[half - 1] + kept[half]) / 2
+        kept = self._sorted
+        half, odd = divmod(len(kept), 2)
+        return kept[half] if odd else (kept[half - 1] + kept[half]) / 2
+
+    def between(self, further: int) -> tuple[float, float] | None:
+        """Return the bounds of the median while so many further values are added, whatever they are.
+
+        One value more, be the oldest gone or not, moves what is in the middle by one place at most. None where there
+        are too few values to tell.
+        """
+        kept, last = self._sorted, len(self._sorted) - 1
+        lower = last // 2 - further
+        return None if lower < 0 else (kept[lower], kept[(last + 1) // 2 + further])
 
     def deviation(self) -> float:
         """Return the robust standard deviation: at most `_REFRESH` values old."""
         if self._fresh <= 0:
             middle = self.median()
-            spread = sorted(abs(value - middle) for value in self._sorted)
+            spread = [abs(value - middle) for value in self._sorted]
+            spread.sort()  # falls, then rises: one merge
             self._deviation, self._fresh = _MAD * spread[len(spread) // 2], _REFRESH
         return self._deviation
+
+    @property
+    def fresh(self) -> int:
+        """Return for how many further values the deviation stays as it is; 0 or less where it is to be taken anew."""
+        return self._fresh
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values, oldest first, and the deviation as it stands."""
@@ -64,6 +93,6 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self.values = deque(state["values"], maxlen=self.values.maxlen)
+        self.values = deque(state["values"], maxlen=self._size)
         self._sorted = sorted(self.values)
         self._deviation, self._fresh = state["deviation"], state["fresh"]

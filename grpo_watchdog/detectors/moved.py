@@ -6,12 +6,13 @@ Schedules do not do that: a warm-up passes its own maximum by a little on each s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from grpo_watchdog.detectors.detector import CALM, Reading
+from grpo_watchdog.detectors.sleep import MOST, Interval
 from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 
@@ -43,7 +44,11 @@ class MovedDetector:
 
     def __init__(self, rule: MovedRule) -> None:
         """Start with nothing seen."""
-        self._rule = rule
+        self._settle, self._factor, self._accept_after = (
+            rule.settle,
+            rule.factor,
+            rule.accept_after,
+        )  # a look at a pydantic model costs several at a plain attribute
         self._up = rule.direction == "up"
         self.needs: tuple[str, ...] = tuple(rule.metrics)
         self._extreme: float | None = None
@@ -55,9 +60,9 @@ class MovedDetector:
         value, extreme = values[name], self._extreme
         if not math.isfinite(value):
             return None
-        if extreme and self._seen >= self._rule.settle:
-            limit = extreme * self._rule.factor if self._up else extreme / self._rule.factor
-            if (value > limit if self._up else value < limit) and self._out < self._rule.accept_after:
+        if extreme and self._seen >= self._settle:
+            limit = extreme * self._factor if self._up else extreme / self._factor
+            if (value > limit if self._up else value < limit) and self._out < self._accept_after:
                 self._out += 1
                 note = f"the {'most' if self._up else 'least'} that it was so far is {extreme:.4g}"
                 return Reading(1, 1, name, value, limit, note)
@@ -66,6 +71,20 @@ class MovedDetector:
         if extreme is None or (value > extreme if self._up else value < extreme):
             self._extreme = value
         return Reading(0, 0, name, value, None) if firing else CALM
+
+    def columns(self, given: Container[str]) -> tuple[str, ...]:
+        """Return the setting, by the name under which it is looked at."""
+        return tuple(name for name in self.needs if name in given)[:1]
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return what is no further out than the extreme."""
+        if self._extreme is None or not self._extreme > 0 or self._out:
+            return None
+        return ((-MOST, self._extreme),) if self._up else ((self._extreme, MOST),)
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Count the values: none was further out."""
+        self._seen += len(columns[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the extreme."""

@@ -17,10 +17,12 @@ class NonfiniteRule(SingleRule):
 
     Attributes:
         metrics: which are looked at.
+        at_least: how many of them must be at once.
     """
 
     kind: Literal["nonfinite"]
     metrics: Annotated[list[MetricName], Field(min_length=1)]
+    at_least: Annotated[int, Field(ge=1)] = 1
 
 
 class NonfiniteDetector(Memoryless):
@@ -30,13 +32,13 @@ class NonfiniteDetector(Memoryless):
 
     def __init__(self, rule: NonfiniteRule) -> None:
         """Keep the names."""
-        self.needs = tuple(rule.metrics)
+        self.needs, self._at_least = tuple(rule.metrics), rule.at_least
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:
         """Return the first value that is not finite, in the order of the rule."""
         if not math.isfinite(sum(values.values())):
-            for name in self.needs:
-                value = values.get(name, 0.0)
-                if not math.isfinite(value):
-                    return Reading(1, 1, name, value, None)
+            found = [name for name in self.needs if not math.isfinite(values.get(name, 0.0))]
+            if len(found) >= self._at_least:
+                note = f"so are {', '.join(found[1:])}" if len(found) > 1 else ""
+                return Reading(1, 1, found[0], values[found[0]], None, note)
         return Reading(0, 0, self.needs[0], values.get(self.needs[0], 0.0), None) if firing else CALM

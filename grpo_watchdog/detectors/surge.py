@@ -8,14 +8,19 @@ level; a value that stays out for `accept_after` observations is the run's new l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.detectors.history import History
+from grpo_watchdog.detectors.sleep import MOST, NAP, Interval
 from grpo_watchdog.rule import MetricName, Number, Positive, SingleRule
+
+_SAFE = 1e-9  # relative: far beyond what rounding may do to a logarithm or a difference
+_LARGEST = math.log(MOST)
 
 
 class SurgeRule(SingleRule):
@@ -23,7 +28,7 @@ class SurgeRule(SingleRule):
 
     Attributes:
         metric: which.
-        direction: "up" or "down".
+        direction: "up", "down" or "both".
         scale: "log" (`by` is a factor above 1, values at or below 0 are not looked at) or "linear" (a difference).
         by: the least that counts: a factor, or a difference in the metric's unit.
         sigmas: the least that counts in robust standard deviations of the window.
@@ -35,7 +40,7 @@ class SurgeRule(SingleRule):
 
     kind: Literal["surge"]
     metric: MetricName
-    direction: Literal["up", "down"] = "up"
+    direction: Literal["up", "down", "both"] = "up"
     scale: Literal["log", "linear"] = "log"
     by: Positive
     sigmas: Annotated[Number, Field(ge=0)] = 6.0
@@ -64,15 +69,16 @@ class SurgeDetector:
         """Start without a level."""
         self._rule = rule
         self._log = rule.scale == "log"
-        self._sign = 1.0 if rule.direction == "up" else -1.0
+        self._sign = {"up": 1.0, "down": -1.0, "both": 0.0}[rule.direction]
         self._by = math.log(rule.by) if self._log else rule.by
+        self._metric, self._settle, self._floor = rule.metric, rule.settle, rule.floor
         self.needs: tuple[str, ...] = (rule.metric,)
         self._level = History(rule.window)
         self._out = 0
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Hold a value against the level; None where it has no place on the scale."""
-        value, rule, level = values[self._rule.metric], self._rule, self._level
+        value, level = values[self._metric], self._level
         if self._log:
             if not 0 < value < math.inf:
                 return None
@@ -81,16 +87,43 @@ class SurgeDetector:
             place = value
             if not math.isfinite(value):
                 return None
-        if len(level) >= rule.settle:
-            excess = self._sign * (place - level.median())
-            if excess > self._by and abs(value) >= rule.floor and excess > rule.sigmas * level.deviation():
+        if len(level) >= self._settle:
+            excess = place - level.median()
+            excess = excess * self._sign or abs(excess)  # a sign of 0 takes either way
+            if excess > self._by and abs(value) >= self._floor and excess > self._rule.sigmas * level.deviation():
                 self._out += 1
-                if self._out <= rule.accept_after:
+                if self._out <= self._rule.accept_after:
                     return self._reading(1, value)
-                self._level = level = History(rule.window)
+                self._level = level = History(self._rule.window)
         self._out = 0
         level.add(place)
         return self._reading(0, value) if firing else CALM
+
+    def columns(self, given: Container[str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the metric."""
+        return self.needs
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return up to where a value is no surge from the lowest that the median may come to, or the highest."""
+        median = self._level.between(NAP) if len(self._level) >= self._settle and not self._out else None
+        if median is None:
+            return None
+        far = self._by - _SAFE * (1 + self._by + abs(median[0]) + abs(median[1]))
+        low, high = median[1] - far, median[0] + far
+        if self._log:
+            low, high = math.exp(max(low, -_LARGEST)), math.exp(min(high, _LARGEST))
+        if self._sign > 0:
+            low = sys.float_info.min if self._log else -MOST
+            if self._log and high < self._floor:
+                high = math.nextafter(self._floor, 0)
+        elif self._sign < 0:
+            high = MOST
+        return ((low, high),)
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Take the values into the level."""
+        values = columns[0]
+        self._level.extend(list(map(math.log, values)) if self._log else values)
 
     def _reading(self, rank: int, value: float) -> Reading:
         if not len(self._level):

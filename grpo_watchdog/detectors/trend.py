@@ -25,6 +25,7 @@ _SURE = 4.0  # standard errors by which the slope that is extrapolated lies belo
 _MOST_CORRELATED = 0.95
 _BIAS = 5.0  # over the points: what fitting a line takes off a lag-1 autocorrelation
 _ROUNDING = 1e-9
+_LOOSE = 1e-6  # relative to the goal: far beyond what rounding does to a running sum
 _FILLED = 0.75  # of the window must be usable
 
 
@@ -97,6 +98,42 @@ def _hopeless(logs: list[float | None], goal: float, within: int) -> bool:
     return goal - now > slope * within + _ROUNDING * (1 + abs(goal))
 
 
+class _Screen:
+    """The quick way out of a healthy step: whether the line through the last `size` points surely misses the goal.
+
+    Running sums, which rounding spoils by far less than `_LOOSE`; whatever they let through, the line itself decides.
+    """
+
+    __slots__ = ("_age", "_of_total", "_of_weighted", "_size", "_surely", "_total", "_weighted")
+
+    def __init__(self, size: int, goal: float, within: int) -> None:
+        self._size, self._surely = size, goal - _LOOSE * (1 + abs(goal))
+        middle, spread = (size - 1) / 2, size * (size * size - 1) / 12
+        ahead = middle + within  # the line there: mean + slope * ahead
+        self._of_total, self._of_weighted = 1 / size - ahead * middle / spread, ahead / spread
+        self._age = -1  # values since the sums were last taken afresh; -1 where a point is missing
+        self._total = self._weighted = 0.0
+
+    def hopeless(self, logs: deque[float | None], gone: float | None) -> bool:
+        """Return whether it surely misses, after the newest point came and `gone` left."""
+        newest = logs[-1]
+        if newest is None or gone is None:
+            self._age = -1
+            return False
+        if 0 <= self._age < self._size:
+            self._age += 1
+            kept = self._total - gone
+            self._weighted += (self._size - 1) * newest - kept
+            self._total = kept + newest
+        else:
+            there = [log for log in list(logs)[-self._size :] if log is not None]
+            if len(there) < self._size:
+                return False
+            self._age, self._total = 0, sum(there)
+            self._weighted = sum(map(mul, there, range(self._size)))
+        return self._of_total * self._total + self._of_weighted * self._weighted < self._surely
+
+
 def _error_of_line(line: _Line) -> float:
     """Return the standard error of the slope where the points scatter about the line, with autocorrelation."""
     last = line.times[-1]
@@ -124,33 +161,54 @@ class TrendDetector:
 
     def __init__(self, rule: TrendRule) -> None:
         """Start without a past."""
-        self._rule = rule
+        self._metric, self._absolute, self._reaches = (
+            rule.metric,
+            rule.absolute,
+            rule.reaches,
+        )  # a look at a pydantic model costs several at a plain attribute
+        self._window, self._within = rule.window, rule.within
         self.needs: tuple[str, ...] = (rule.metric,)
         self._goal = math.log(rule.reaches)
         self._logs: deque[float | None] = deque(maxlen=rule.window)
         self._usable = 0
+        self._half = rule.window // 2
+        self._begin()
+
+    def _begin(self) -> None:
+        within = self._within
+        self._screen = _Screen(self._window, self._goal, within)
+        self._newest = _Screen(self._window - self._half, self._goal, within)
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return whether the threshold is near; None on a value that cannot enter, and while there are too few."""
-        rule, logs = self._rule, self._logs
-        value = values[rule.metric]
-        size = abs(value) if rule.absolute else value
+        logs = self._logs
+        value = values[self._metric]
+        size = abs(value) if self._absolute else value
         usable = 0 < size < math.inf
-        if len(logs) == rule.window and logs[0] is not None:
-            self._usable -= 1
-        logs.append(math.log(size) if usable else None)
+        hopeless = False
+        if len(logs) == self._window:
+            gone, left = logs[0], logs[self._half]
+            if gone is not None:
+                self._usable -= 1
+            logs.append(math.log(size) if usable else None)
+            hopeless = self._screen.hopeless(logs, gone)
+            hopeless = self._newest.hopeless(logs, left) and hopeless
+        else:
+            logs.append(math.log(size) if usable else None)
         self._usable += usable
-        if not usable or self._usable < _FILLED * rule.window:
+        if hopeless and not firing:
+            return CALM
+        if not usable or self._usable < _FILLED * self._window:
             return None
-        slope, soon = self._near() if size < rule.reaches else (0.0, 0)
+        slope, soon = (0.0, 0) if hopeless or size >= self._reaches else self._near()
         if soon:
-            note = f"grows by {math.expm1(slope):.2g} an observation: {rule.reaches:g} in about {soon}"
-            return Reading(1, 1, rule.metric, value, rule.reaches, note)
-        return Reading(0, 0, rule.metric, value, rule.reaches) if firing else CALM
+            note = f"grows by {math.expm1(slope):.2g} an observation: {self._reaches:g} in about {soon}"
+            return Reading(1, 1, self._metric, value, self._reaches, note)
+        return Reading(0, 0, self._metric, value, self._reaches) if firing else CALM
 
     def _near(self) -> tuple[float, int]:
         """Return the slope and the observations to the threshold; 0 where it is not near, or not for sure."""
-        logs, within = list(self._logs), self._rule.within
+        logs, within = list(self._logs), self._within
         newest = logs[len(logs) // 2 :]
         for part, error in ((logs, _error_of_line), (newest, _error_of_walk)):
             if len(part) - part.count(None) < _FILLED * len(part) or _hopeless(part, self._goal, within):
@@ -169,5 +227,6 @@ class TrendDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._logs = deque(state["logs"], maxlen=self._rule.window)
+        self._logs = deque(state["logs"], maxlen=self._window)
         self._usable = sum(log is not None for log in self._logs)
+        self._begin()

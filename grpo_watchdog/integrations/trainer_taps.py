@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from grpo_watchdog.integrations.trl_names import FAMILIES, canonical
+from grpo_watchdog.names.trl_keys import FAMILIES, canonical
 
 _log = logging.getLogger("grpo_watchdog")
 _NEVER_TOLD = frozenset({"loss", "grad_norm", "learning_rate"})  # these the taps see at their source

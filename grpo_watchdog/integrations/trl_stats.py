@@ -151,6 +151,7 @@ def metrics(sums: Mapping[str, float], peaks: Mapping[str, float]) -> dict[str, 
             "kl_k1": apart / tokens,
             "kl_k2": sums["kl_k2"] / tokens,
             "kl": sums["kl_k3"] / tokens,
+            "token_kl": sums["kl_k3"] / tokens,
             "sequence_kl": sums["kl_k3"] / sequences,
             "sequence_kl_k2": sums["kl_k2"] / sequences,
         }

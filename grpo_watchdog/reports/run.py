@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,21 +113,28 @@ def read_run(run_dir: str | Path) -> Run:
     """
     path = Path(run_dir)
     with journal.guarded(path):
-        return _Reader(path).tell(journal.read(path))
+        entries = journal.read(path)
+        first = next(entries)
+        teller = Teller(Run(path, from_json(first["rulebook"]), first["briefing"], first["bases"]))
+        for entry in entries:
+            teller.take(entry)
+        return teller.told()
 
 
-class _Reader:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+class Teller:
+    """Makes a run out of a journal's entries, one by one.
+
+    Args:
+        run: with what was known when it began.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Start with nothing told."""
+        self._run = run
         self._stories: dict[int, IncidentStory] = {}
         self._steps: dict[str, int] = {}  # of the checkpoints that were taken
         self._offset = 0  # each session counts its incidents from 1; here they count on
-
-    def tell(self, entries: Iterable[dict[str, Any]]) -> Run:
-        entries = iter(entries)
-        first = next(entries)
-        run = Run(self._path, from_json(first["rulebook"]), first["briefing"], first["bases"])
-        tellers = {
+        self._tellers: dict[str, Callable[[Run, Mapping[str, Any]], None]] = {
             "start": self._start,
             "step": self._step,
             "decision": self._decision,
@@ -140,11 +147,17 @@ class _Reader:
             "blind": self._blind,
             "state": self._state,
         }
-        for entry in entries:
-            if entry["kind"] in tellers:
-                tellers[entry["kind"]](run, entry)
-        run.incidents = list(self._stories.values())
-        return run
+
+    def take(self, entry: Mapping[str, Any]) -> None:
+        """Take one entry, as it stands in the journal."""
+        teller = self._tellers.get(entry["kind"])
+        if teller is not None:
+            teller(self._run, entry)
+
+    def told(self) -> Run:
+        """Return the run as far as it was told."""
+        self._run.incidents = list(self._stories.values())
+        return self._run
 
     def _start(self, run: Run, entry: Mapping[str, Any]) -> None:
         """Begin a later session of the same run: what was open ended with the one before."""

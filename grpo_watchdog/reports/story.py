@@ -52,6 +52,30 @@ def next_settings(run: Run) -> dict[str, float]:
     return settings
 
 
+def next_starts(run: Run) -> dict[str, float]:
+    """Return what the next run should begin with by the likeliest causes, from what this one had: knob name to value."""
+    starts: dict[str, float] = {}
+    for story in run.incidents:
+        for cause in _likeliest(story):
+            for name, factor in story.book.causes[cause["cause"]].next_.items():
+                if name in run.bases:
+                    starts.setdefault(name, run.bases[name] * factor)
+    return starts
+
+
+def tied(story: IncidentStory) -> list[str]:
+    """Return the causes between which nothing tells: as much speaks for each as for the first; else nothing."""
+    best = [cause["cause"] for cause in _likeliest(story)]
+    return best if len(best) > 1 else []
+
+
+def _likeliest(story: IncidentStory) -> list[dict[str, Any]]:
+    def weight(cause: dict[str, Any]) -> tuple[int, int]:
+        return len(cause["supported"]), -len(cause["contradicted"])
+
+    return [cause for cause in story.causes if weight(cause) == weight(story.causes[0])]
+
+
 def advice(story: IncidentStory, lang: str) -> list[str]:
     """Return the remedies for an incident's likeliest causes, and what its levels advise that no knob can turn."""
     remedies = [story.book.causes[c["cause"]].remedy for c in story.causes[:_REMEDIES]]
@@ -100,6 +124,9 @@ class _Teller:
         if story.causes:
             lines.append((0, self._say("causes")))
             lines += [line for cause in story.causes for line in self._cause(story, cause)]
+        if len(alike := tied(story)) > 1:
+            titles = "; ".join(_text(story.book.causes[cause].title, self._lang) for cause in alike)
+            lines.append((1, self._say("cannot_tell", causes=titles)))
         if story.checks:
             lines.append((0, self._say("checks")))
             passed = [check["name"] for check in story.checks if check["passed"]]
@@ -126,6 +153,9 @@ class _Teller:
                 for name, value in settings.items()
             ]
             lines.append(self._say("settings", settings=", ".join(listed)))
+        for name, value in next_starts(run).items():
+            if name not in settings:
+                lines.append(self._say("next_value", name=name, was=number(run.bases[name]), value=number(value)))
         for story in run.incidents:
             lines += [text for text in advice(story, self._lang) if text not in lines]
         if run.halted and run.proven:

@@ -9,32 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Key(NamedTuple):
-    """What one key of a log means.
-
-    Attributes:
-        key: as the trainer writes it; `*` stands for a name from the user, that of a reward function.
-        means: what it is, in a line.
-        pair: "current/reference", "current/old", "trainer/sampler", or "" where no policies are compared.
-        estimator: how the comparison is estimated, and what is clamped.
-        reduction: over what it is reduced, and how, before the log averages it (see NOTES).
-        canonical: the canonical metric that it is; None where it is none of them.
-        when: under which settings, or in which rows, it is missing.
-        only: the settings under which it is that metric; "" for all.
-    """
-
-    key: str
-    means: str
-    pair: str = ""
-    estimator: str = ""
-    reduction: str = ""
-    canonical: str | None = None
-    when: str = ""
-    only: str = ""
-
+from grpo_watchdog.names.family import Key
 
 NOTES = """\
 - A value is averaged over everything since the last log, each micro-batch (or generation batch) counting alike: with

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from grpo_watchdog import examples
 from grpo_watchdog.approval import open_question, told, write_answer
+from grpo_watchdog.cli import logs
+from grpo_watchdog.cli.logs import EXIT, UNUSABLE
 from grpo_watchdog.drill import of_script
 from grpo_watchdog.errors import Problem, RulebookError, WatchdogError
 from grpo_watchdog.journal import holds_a_run
@@ -22,8 +24,6 @@ from grpo_watchdog.replay import replay
 from grpo_watchdog.reports import FORMATS, LANGUAGES, read_run
 from grpo_watchdog.rulebook import Rulebook, load, shipped
 
-EXIT = {"ok": 0, "notice": 0, "warning": 10, "critical": 20}
-UNUSABLE = 1
 UNDRILLED = 2
 _SHOWN = 20  # differences of a replay that are printed
 
@@ -206,6 +206,8 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure what the watchdog saves, and what it costs")
     _rescue_parser(bench.add_subparsers(required=True, metavar="WHAT"))
+
+    logs.add_commands(commands)
 
     approve = commands.add_parser("approve", help="show what a run in the mode approve waits for, and answer")
     approve.add_argument("run_dir", type=Path, metavar="RUN_DIR")

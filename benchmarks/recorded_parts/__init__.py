@@ -1,0 +1,1 @@
+"""What `benchmarks/recorded.py` is made of."""

@@ -1,0 +1,184 @@
+"""Crash: a metric (the reward) that is down at the bottom, from wherever this run had it, within a few observations.
+
+The level is the best running median that the newest values are no part of: a median forgets a lucky batch, a mean does
+not. The bottom is 0, or the lowest value before, where one was below 0. A fall within the noise is none, nor is a stretch of low
+values that is not longer than chance makes one in a run of this length, at the rate at which low values came before.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Collection, Mapping
+from itertools import pairwise, takewhile
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from grpo_watchdog.detectors.detector import CALM, Reading
+from grpo_watchdog.detectors.history import History
+from grpo_watchdog.rule import RANK, Level, MetricName, Number, Rule
+
+_NOISE_WINDOW = 32
+_MAD = 1.4826  # a median absolute deviation times this is the standard deviation of normal noise
+_EACH = 1.5  # a value is low with so many times as much left as their mean may have
+
+
+class Left(Level):
+    """One level: how much of the height above the bottom is left, at most."""
+
+    left: Annotated[Number, Field(gt=0, lt=1)]
+
+
+class CrashRule(Rule):
+    """Holds while the mean of the last `window` values has at most a part of its height left.
+
+    Attributes:
+        metric: which.
+        window: values that are held against the level [observations].
+        level: values in a running median [observations].
+        settle: values before the newest for there to be a level [observations].
+        sigmas: the least that the fall must measure, in robust standard deviations of the values before.
+        spreads: the same in std_reward (or group_std_reward), as root mean square of what was given before: the spread of single rewards.
+        chance: the probability, in the whole run so far, of a stretch as low and as long as this, up to which it counts.
+        bands: the levels; each leaves less than the one before.
+    """
+
+    kind: Literal["crash"]
+    metric: MetricName
+    window: Annotated[int, Field(ge=2, le=100)] = 3
+    level: Annotated[int, Field(ge=3, le=1000)] = 8
+    settle: Annotated[int, Field(ge=3, le=1000)] = 8
+    sigmas: Annotated[Number, Field(ge=0)] = 4.0
+    spreads: Annotated[Number, Field(ge=0)] = 2.0
+    chance: Annotated[Number, Field(gt=0, le=1)] = 0.01
+    bands: Annotated[list[Left], Field(min_length=1, max_length=8)]
+
+    @field_validator("bands")
+    @classmethod
+    def _falling(cls, bands: list[Left]) -> list[Left]:
+        for upper, lower in pairwise(bands):
+            if lower.left >= upper.left:
+                raise ValueError(f"bands must leave less and less, and {lower.left:g} follows {upper.left:g}")
+            if RANK[lower.severity] < RANK[upper.severity]:
+                raise ValueError(f"no severity may fall, and {lower.severity} follows {upper.severity}")
+        return bands
+
+    @property
+    def ladder(self) -> tuple[Level, ...]:
+        """Return the bands."""
+        return tuple(self.bands)
+
+
+class CrashDetector:
+    """Keeps the best level, the bottom and the noise, of values that are no part of a low stretch that goes on."""
+
+    needs_all = True
+    quiet: tuple[str, float, float] | None = None
+    steady: tuple[str, float, float] | None = None
+
+    def __init__(self, rule: CrashRule) -> None:
+        """Start with nothing seen."""
+        self._rule = rule
+        self.needs: tuple[str, ...] = (rule.metric,)
+        self._recent: deque[float] = deque(maxlen=rule.window)
+        self._before = History(rule.level)
+        self._low: deque[float] = deque(maxlen=_NOISE_WINDOW)  # of the stretch that goes on, and no longer the newest
+        self._noise: deque[float] = deque(maxlen=_NOISE_WINDOW)
+        self._spreads: deque[float] = deque(maxlen=_NOISE_WINDOW)
+        self._best = -math.inf
+        self._bottom = 0.0
+        self._settled = 0
+        self._lows = [0] * len(rule.bands)  # by level: how many of those that have settled were low
+        self._streak = [0] * len(rule.bands)  # and how many were, up to the newest
+
+    def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
+        """Hold the newest values against the level; None where the value is no number."""
+        rule, recent, value = self._rule, self._recent, values[self._rule.metric]
+        if not math.isfinite(value):
+            return None
+        if len(recent) == rule.window:
+            self._leave(recent[0])
+        recent.append(value)
+        spread = values.get("std_reward", values.get("group_std_reward", math.nan))
+        if math.isfinite(spread) and not firing:
+            self._spreads.append(spread)
+        rank, mean, limit, height = 0, value, None, self._best - self._bottom
+        if len(recent) == rule.window and height > 0:
+            self._follow(height)
+            mean = max(math.fsum(recent) / rule.window, sorted(recent)[rule.window // 2])  # most of them, and on average
+            left = (mean - self._bottom) / height
+            if left <= rule.bands[0].left and self._beyond_noise(mean):
+                rank = sum(left <= band.left and self._no_chance(level) for level, band in enumerate(rule.bands))
+                limit = self._bottom + rule.bands[max(rank - 1, 0)].left * height
+        if not rank and not firing:
+            return CALM
+        note = f"the level was {self._best:.4g}, the bottom is {self._bottom:.4g}" if rank else ""
+        return Reading(rank, rank, rule.metric, mean, limit, note, rule.window - 1 if rank else 0)
+
+    def _leave(self, value: float) -> None:
+        """Take a value that is one of the newest no more; those of a low stretch wait until it is over."""
+        band, height = self._rule.bands[0], self._best - self._bottom
+        if height > 0 and value - self._bottom <= _EACH * band.left * height:
+            self._low.append(value)
+            return
+        for kept in (*self._low, value):
+            self._settle(kept)
+        self._low.clear()
+
+    def _settle(self, value: float) -> None:
+        height = self._best - self._bottom
+        for level, band in enumerate(self._rule.bands):
+            self._lows[level] += height > 0 and value - self._bottom <= _EACH * band.left * height
+        self._before.add(value)
+        self._noise.append(value)
+        self._bottom = min(self._bottom, value)
+        self._settled += 1
+        if self._settled >= self._rule.settle:
+            self._best = max(self._best, self._before.median())
+
+    def _follow(self, height: float) -> None:
+        """Count on how long the newest values have been low; there may have been no level yet for those in hand."""
+        for level, band in enumerate(self._rule.bands):
+            limit = self._bottom + _EACH * band.left * height
+            low = list(takewhile(lambda value, limit=limit: value <= limit, reversed(self._recent)))
+            whole = len(low) == self._rule.window
+            self._streak[level] = max(self._streak[level] + 1, len(low)) if whole else len(low)
+
+    def _no_chance(self, level: int) -> bool:
+        """Return whether the stretch of low values is longer than chance makes it."""
+        streak, count, before = self._streak[level], self._settled + 1, self._lows[level] + 0.5
+        if before >= count:
+            return False
+        return streak >= max(self._rule.window, math.log(self._rule.chance / count) / math.log(before / count))
+
+    def _beyond_noise(self, mean: float) -> bool:
+        fall, noise = self._best - mean, _scatter(self._noise)
+        spread = math.hypot(*self._spreads) / math.sqrt(len(self._spreads) or 1)
+        return fall > self._rule.sigmas * noise and fall > self._rule.spreads * spread
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered."""
+        return {
+            "recent": list(self._recent), "before": self._before.state_dict(), "noise": list(self._noise), "low": list(self._low),
+            "best": None if math.isinf(self._best) else self._best, "bottom": self._bottom, "spreads": list(self._spreads),
+            "settled": self._settled, "lows": list(self._lows), "streak": list(self._streak),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self._recent = deque(state["recent"], maxlen=self._rule.window)
+        self._before.load_state_dict(state["before"])
+        self._noise = deque(state["noise"], maxlen=_NOISE_WINDOW)
+        self._low = deque(state["low"], maxlen=_NOISE_WINDOW)
+        self._spreads = deque(state["spreads"], maxlen=_NOISE_WINDOW)
+        self._settled, self._lows, self._streak = state["settled"], list(state["lows"]), list(state["streak"])
+        self._best, self._bottom = -math.inf if state["best"] is None else state["best"], state["bottom"]
+
+
+def _scatter(values: Collection[float]) -> float:
+    """Return the robust standard deviation; where most values are equal that says nothing, and the usual one counts."""
+    middle = statistics.median(values)
+    robust = _MAD * statistics.median(abs(value - middle) for value in values)
+    return robust or math.hypot(*(value - middle for value in values)) / math.sqrt(len(values))
