@@ -169,6 +169,8 @@ def measure(folder: Path, jobs: int, *, quick: bool) -> dict[str, Any]:
         ConfigurationError: the labels cannot be used.
     """
     runs = read_runs(folder)
+    for name in BOOKS:
+        book(name)  # read once: where processes are forked they have it
     with Pool(jobs) as pool:
         studies = pool.map(partial(study, folder=folder, quick=quick), runs, chunksize=1)
     measured = Measured(runs, {run.name: found for run, found in zip(runs, studies, strict=True)})

@@ -4,12 +4,14 @@ from grpo_watchdog.actions import Outcome
 from grpo_watchdog.attach import attach
 from grpo_watchdog.callback import WatchdogCallback
 from grpo_watchdog.controls import Check, Controls, Dial, Knob, attr, item
+from grpo_watchdog.diagnose import diagnose
 from grpo_watchdog.diagnosis import Incident
 from grpo_watchdog.errors import (
     CheckpointError,
     ConfigurationError,
     DamagedError,
     JournalError,
+    LogError,
     RestartError,
     RulebookError,
     WatchdogError,
@@ -33,6 +35,7 @@ __all__ = [
     "Incident",
     "JournalError",
     "Knob",
+    "LogError",
     "METRICS",
     "Metric",
     "Outcome",
@@ -48,6 +51,7 @@ __all__ = [
     "WatchdogError",
     "attach",
     "attr",
+    "diagnose",
     "item",
     "load",
     "read_run",

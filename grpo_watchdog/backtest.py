@@ -73,7 +73,12 @@ def read_labels(path: Path) -> dict[str, Label]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return {row["file"]: _label(path, number, row) for number, row in enumerate(csv.DictReader(file), start=2)}
+            labels: dict[str, Label] = {}
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                if row["file"] in labels:
+                    raise ConfigurationError(f"{path}:{number}: {row['file']} is there twice")
+                labels[row["file"]] = _label(path, number, row)
+            return labels
     except KeyError as error:
         raise ConfigurationError(f"{path}:1: no column {error}; needed: file, severity, must_by") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -84,10 +89,13 @@ def _label(path: Path, line: int, row: Mapping[str, str]) -> Label:
     if row["severity"] not in _SEVERITIES:
         raise ConfigurationError(f"{path}:{line}: severity {row['severity']!r}; allowed: {', '.join(_SEVERITIES)}")
     try:
-        steps = [float(row.get(name) or "inf") for name in ("trouble_step", "must_by")]
-        return Label(row["severity"], *steps, int(row.get("steps_per_row") or 1))
+        trouble, by = (float(row.get(name) or "inf") for name in ("trouble_step", "must_by"))
+        per_row = int(row.get("steps_per_row") or 1)
     except ValueError as error:
         raise ConfigurationError(f"{path}:{line}: {error}; steps are numbers, or empty") from error
+    if math.isnan(trouble) or math.isnan(by) or per_row < 1:
+        raise ConfigurationError(f"{path}:{line}: steps are numbers, or empty, and steps_per_row is above 0")
+    return Label(row["severity"], trouble, by, per_row)
 
 
 def backtest(
@@ -127,17 +135,20 @@ def _judged(run: Recorded, label: Label) -> tuple[str, float | None]:
     alarm = math.inf if run.alarm_step is None else run.alarm_step
     critical = math.inf if run.critical_step is None else run.critical_step
     by = min(label.must_by, 1e18)
-    if label.severity == "crit":
-        outcome = "caught" if critical <= by else "late" if critical < math.inf else "softened" if alarm <= by else "missed"
-        counted = critical
-    elif label.severity == "warn":
-        outcome = "over" if critical < math.inf else "caught" if alarm <= by else "late" if alarm < math.inf else "missed"
-        counted = alarm
-    elif label.severity == "ok":
+    if label.severity == "ok":
         return ("silent" if alarm == math.inf else "false critical" if critical < math.inf else "false warning"), None
-    else:
+    if label.severity == "disputed":
         return "disputed", None
-    lead = label.must_by - counted
+    wanted = critical if label.severity == "crit" else alarm
+    lead = label.must_by - wanted
+    if label.severity == "warn" and critical < math.inf:
+        outcome = "over"
+    elif wanted <= by:
+        outcome = "caught"
+    elif wanted < math.inf:
+        outcome = "late"
+    else:
+        outcome = "softened" if alarm <= by else "missed"
     return outcome, lead if math.isfinite(lead) else None
 
 
@@ -179,7 +190,10 @@ def as_json(results: Sequence[Result], unread: Sequence[tuple[str, str]]) -> str
     whole = {
         "schema": 1,
         "books": [summary(results, book) for book in books],
-        "runs": [{**result._asdict(), "acts": [{"step": s, "action": a} for s, a in result.acts]} for result in results],
+        "runs": [
+            {**result._asdict(), "acts": [{"step": step, "action": action} for step, action in result.acts]}
+            for result in results
+        ],
         "differ": [group[0].path for group in differences(results)],
         "unread": [{"path": path, "error": error} for path, error in unread],
     }
@@ -188,7 +202,8 @@ def as_json(results: Sequence[Result], unread: Sequence[tuple[str, str]]) -> str
 
 def as_text(results: Sequence[Result], unread: Sequence[tuple[str, str]]) -> str:
     """Return a table of runs, the books in figures, and where they differ."""
-    lines = [f"{'run':40} {'book':14} {'verdict':9} {'alarm':>7} {'critical':>8} {'lead':>6} {'alarms/1000':>11}  would do"]
+    head = f"{'run':40} {'book':14} {'verdict':9} {'alarm':>7} {'critical':>8} {'lead':>6} {'alarms/1000':>11}"
+    lines = [f"{head}  would do"]
     for result in results:
         rate = f"{1000 * result.alarms / result.steps:.2f}" if result.steps else "-"
         lead = "-" if result.lead is None else f"{result.lead:g}"
@@ -202,7 +217,8 @@ def as_text(results: Sequence[Result], unread: Sequence[tuple[str, str]]) -> str
     lines.append("")
     for book in dict.fromkeys(result.book for result in results):
         figures = summary(results, book)
-        lines.append(f"{figures.pop('book')}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()))
+        shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items() if name != "book")
+        lines.append(f"{book}: {shown}")
     groups = differences(results)
     if len({result.book for result in results}) > 1:
         lines.append(f"\nThe books differ on {len(groups)} run(s)")
@@ -213,7 +229,8 @@ def as_text(results: Sequence[Result], unread: Sequence[tuple[str, str]]) -> str
 
 def _short(result: Result) -> str:
     acts = f", {result.acts[0][1]} at {result.acts[0][0]}" if result.acts else ""
-    return f"{result.book} {result.verdict} (alarm {_dash(result.alarm_step)}, critical {_dash(result.critical_step)}{acts})"
+    when = f"alarm {_dash(result.alarm_step)}, critical {_dash(result.critical_step)}"
+    return f"{result.book} {result.verdict} ({when}{acts})"
 
 
 def _dash(step: int | None) -> str:

@@ -12,7 +12,7 @@ from grpo_watchdog.errors import LogError
 from grpo_watchdog.journal import encode
 from grpo_watchdog.logs import logs_in
 from grpo_watchdog.metrics import METRICS
-from grpo_watchdog.recorded import Recorded, recorded
+from grpo_watchdog.recorded import Recorded, recorded, refuse_trainer
 from grpo_watchdog.reports.run import IncidentStory
 from grpo_watchdog.reports.story import Section, advice, next_settings, next_starts, tell, tied
 from grpo_watchdog.reports.words import WORDS
@@ -65,6 +65,7 @@ def diagnose(
         RulebookError: the rulebook cannot be used.
     """
     book = rules if isinstance(rules, Rulebook) else load(rules)
+    refuse_trainer(trainer)
     found = Diagnosed()
     for path in [paths] if isinstance(paths, str | Path) else paths:
         files = logs_in(path)
@@ -112,8 +113,8 @@ def as_markdown(found: Diagnosed, lang: str = "en") -> str:
     words, blocks = WORDS[lang], list[str]()
     if len(found.runs) > 1:
         head, *rows = _table(found, words)
-        lines = [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
-        blocks.append("\n".join(lines))
+        table = [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
+        blocks.append("\n".join(table))
     for run in found.runs:
         first, *others = _sections(run, lang)
         for mark, (heading, lines) in (("#", first), *(("##", section) for section in others)):
@@ -186,7 +187,7 @@ def _sections(run: Recorded, lang: str) -> list[Section]:
 
 
 def _unseen(run: Recorded, words: dict[str, str]) -> list[tuple[int, str]]:
-    """Return what the log lacks, and which rules are blind for it; what only a live run can give is told in one line."""
+    """Return what the log lacks, and which rules are blind for it; in one line what only a live run can give."""
     by_missing: dict[tuple[str, ...], list[str]] = {}
     live, others = list[str](), list[tuple[int, str]]()
     for blind in run.story.blind:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from grpo_watchdog.causes import Evidence
 from grpo_watchdog.controls import Check
 from grpo_watchdog.rule import RANK
-from grpo_watchdog.rulebook import Evidence, Rulebook
+from grpo_watchdog.rulebook import Rulebook
 from grpo_watchdog.watch import Finding
 
 

@@ -73,7 +73,7 @@ METRICS: dict[str, Metric] = {
         Metric("ess", "fraction", _OLD, "over batch", "(sum w)^2 / (n sum w^2), w = exp(log_ratio)"),
         Metric("step_kl", "nats", _OLD, "mean", "k3: exp(d) - 1 - d, d = log_ratio to old, on samples of old"),
         Metric("kl", "nats", _REF, "as the source states", "estimator as the source states"),
-        Metric("token_kl", "nats", _REF, "mean per token", "k3, k2 or |k1| of the log-ratio, as the source states: never below 0"),
+        Metric("token_kl", "nats", _REF, "mean per token", "k3, k2 or |k1|, as the source states: never below 0"),
         Metric("kl_k1", "nats", _REF, "mean per token", "k1: log p_current - log p_reference"),
         Metric("kl_k2", "nats", _REF, "mean per token", "k2: (log p_current - log p_reference)^2 / 2"),
         Metric("sequence_kl", "nats", _REF, _SEQ, "k3: exp(d) - 1 - d, d = log p_reference - log p_current"),

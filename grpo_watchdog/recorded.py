@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -31,6 +30,7 @@ from grpo_watchdog.verdict import Judge
 _PEEK = 64  # rows whose keys tell the trainer
 _MOST_RUNS = 1000  # in one file
 _MOST_ACTS = 1000  # kept of one run
+_UNKNOWN_RATE = 1.0  # stands for a learning rate that the log does not have: what is ordered is a part of it
 _SETTINGS = {"learning_rate": "min", "kl_coef": "max", "clip_epsilon": "min"}
 _QUIET = logging.Logger("recorded", logging.CRITICAL + 1)  # noqa: LOG001 - the report says it all
 
@@ -97,8 +97,7 @@ def recorded(
     Raises:
         LogError: nothing in it can be read, or no such trainer.
     """
-    if trainer is not None and trainer not in FAMILIES:
-        raise LogError(no_such("trainer", trainer, FAMILIES))
+    refuse_trainer(trainer)
     with opened(files, progress) as log:
         rows = _renumbered(log, steps_per_row)
         first = list(islice(rows, _PEEK))
@@ -110,10 +109,15 @@ def recorded(
             if reading is None:
                 if len(runs) == _MOST_RUNS:
                     raise LogError(f"{log.path}: more than {_MOST_RUNS} runs in one file")
-                mine = [r.values for r in first if r.run == row.run] or [row.values]
-                reading = runs[row.run] = _Reading(book, family, [family.canonical(values) for values in mine])
+                reading = runs[row.run] = _Reading(book, family, family.canonical(row.values))
             reading.take(row)
         return [reading.done(log, name, alone=len(runs) == 1) for name, reading in runs.items()]
+
+
+def refuse_trainer(trainer: str | None) -> None:
+    """Raise a LogError where there is no such family of names."""
+    if trainer is not None and trainer not in FAMILIES:
+        raise LogError(no_such("trainer", trainer, FAMILIES))
 
 
 def _renumbered(log: Log, steps_per_row: int) -> Iterator[Row]:
@@ -172,21 +176,17 @@ class _Paper(NoControls):
 class _Reading:
     """One run, as it is read."""
 
-    def __init__(self, book: Rulebook, family: Family, first: list[dict[str, float]]) -> None:
+    def __init__(self, book: Rulebook, family: Family, first: Mapping[str, float]) -> None:
         self._family, self._book = family, book.with_policy({"mode": "shadow"})
-        settings = {}
-        for name in _SETTINGS:
-            given = [values[name] for values in first if values.get(name, 0.0) > 0.0]
-            if given:
-                settings[name] = max(given) if name == "learning_rate" else given[0]
-        self._paper = _Paper(settings)
-        self._run = Run(Path(), self._book, [], dict(settings))
+        settings = {name: first[name] for name in _SETTINGS if first.get(name, 0.0) > 0.0}
+        settings.setdefault("learning_rate", _UNKNOWN_RATE)  # every trainer has one, logged or not
+        self._paper, self._had = _Paper(settings), dict[str, float]()
+        self._run = Run(Path(), self._book, [], {})
         self._sink = _Sink(self._run)
         actuation = Actuation(self._paper, None, dict, shadow_all=True)
         self._judge = Judge(self._book, actuation, self._sink, intake=Intake(family.ratio_to), bases=settings,
                             restorable=True, log=_QUIET)  # fmt: skip
         self._judge.diagnosis = Diagnosis(self._book, {})  # what is too high is said by the document, not by this run
-        self._actuation = actuation
         self._keys: dict[str, None] = {}
         self.alarm: int | None = None
         self.critical: int | None = None
@@ -195,17 +195,19 @@ class _Reading:
     def take(self, row: Row) -> None:
         """Decide one row."""
         assert row.step is not None
-        self._keys.update(dict.fromkeys(row.values))
+        if not row.values.keys() <= self._keys.keys():
+            self._keys.update(dict.fromkeys(row.values))
         values = self._family.canonical(row.values)
-        paper = self._paper.values
-        for name in paper:
+        for name in _SETTINGS:
             value = values.get(name)
-            if value is not None and value == value:  # noqa: PLR0124 - not-a-number is no setting
-                paper[name] = value
+            if value is None or value != value:  # noqa: PLR0124 - not-a-number is no setting
+                continue
+            if name in self._paper.values:
+                self._paper.values[name] = values[f"{name}_set"] = value
+            self._had[name] = max(value, self._had.get(name, 0.0))
         if self._judge.intake.last >= row.step:
             self._judge.intake.rewind(row.step - 1)
         seen, notices = self._judge.intake.read(row.step, values)
-        seen.values.update(self._actuation.read())
         verdict = self._judge.judge(seen, notices)
         if RANK[verdict.level] >= RANK["warning"] and self.alarm is None:
             self.alarm = row.step
@@ -223,7 +225,7 @@ class _Reading:
         self._judge.note_blind(None)
         run = self._sink.teller.told()
         path = log.path if alone or not name else f"{log.path}#{name}"
-        run.path = Path(path)
+        run.path, run.bases = Path(path), {name: value for name, value in self._had.items() if value > 0}
         unknown = self._family.unknown(self._keys)
         return Recorded(path, self._family.name, log.formats, run, self.alarm, self.critical, self.acts, unknown,
                         list(log.notices))  # fmt: skip

@@ -13,22 +13,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from grpo_watchdog import pages
 from grpo_watchdog.actions import ACTIONS, KNOB_ACTIONS
+from grpo_watchdog.causes import Cause
 from grpo_watchdog.detectors import AnyRule
 from grpo_watchdog.errors import ConfigurationError, Problem, RulebookError
 from grpo_watchdog.faults import problems_of, references, sentence
 from grpo_watchdog.pages import shipped
-from grpo_watchdog.rule import Doses, MetricName, Model, Number, Positive, Text, no_such
+from grpo_watchdog.rule import Doses, Model, Number, Positive, Text, no_such
 from grpo_watchdog.scalars import shown
 from grpo_watchdog.yaml_source import Places
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-__all__ = ["Base", "Cause", "Evidence", "Policy", "Rulebook", "from_json", "load", "shipped"]
+__all__ = ["Base", "Cause", "Policy", "Rulebook", "from_json", "load", "shipped"]
 
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -110,46 +111,6 @@ class Policy(Model):
                     word = "at most" if action.safe == "min" else "at least"
                     raise ValueError(f"{name} takes a factor of {word} 1 on a rung, not {factor:g}")
         return ladder
-
-
-class Evidence(Model):
-    """What speaks for a cause when it holds, and against it when it does not. Exactly one of the three.
-
-    Attributes:
-        check: a model check that failed.
-        rule: another rule that fires.
-        metric: a metric (with `above` or `below`); knobs are metrics too.
-    """
-
-    check: str | None = None
-    rule: str | None = None
-    metric: MetricName | None = None
-    above: Number | None = None
-    below: Number | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Evidence:
-        if sum(x is not None for x in (self.check, self.rule, self.metric)) != 1:
-            raise ValueError("evidence is exactly one of check, rule and metric")
-        if self.metric is not None and (self.above is None) == (self.below is None):
-            raise ValueError("a metric needs exactly one of above and below")
-        return self
-
-
-class Cause(Model):
-    """A likely cause, and what to do about it next time.
-
-    Attributes:
-        title: what to call it.
-        remedy: what to do about it.
-        evidence: what speaks for or against it.
-        next_: by setting, the factor on what this run had that the next one should begin with.
-    """
-
-    title: Text
-    remedy: Text
-    evidence: list[Evidence] = Field(default_factory=list)
-    next_: dict[Literal["learning_rate", "kl_coef", "clip_epsilon"], Positive] = Field(default_factory=dict, alias="next")
 
 
 class Base(Model):

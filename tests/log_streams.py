@@ -107,6 +107,11 @@ def changed(rows: Rows, start: int, **values: float) -> Rows:
     return [row if place < start else {**row, **other} for place, row in enumerate(rows)]
 
 
+def at(rows: Rows, *places: int, **values: float) -> Rows:
+    """Return rows of which single ones have other values."""
+    return [{**row, **values} if place in places else row for place, row in enumerate(rows)]
+
+
 def write(path: Path, rows: Sequence[dict[str, float]], first: int = 1) -> Path:
     """Write a JSONL log; steps count from `first`."""
     lines = [json.dumps({"step": step, **row}) for step, row in enumerate(rows, start=first)]

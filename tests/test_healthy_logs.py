@@ -1,7 +1,7 @@
 """Healthy runs whose logs look sick stay silent, sick ones are told in time.
 
-Each trap is one that a rule fell for: the test takes the remedy out of the rule again, and then it must fall. All logs are
-made by chance (log_streams.py), several of each kind, and read through the door.
+Each trap is one that a rule fell for: the test takes the remedy out of the rule again, and then it must fall. All logs
+are made by chance (log_streams.py), several of each kind, and read through the door.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ import numpy as np
 import pytest
 
 from grpo_watchdog.recorded import Recorded
-from log_streams import GUARDED, NAN, Rows, Task, book, changed, diagnosed, learning
+from log_streams import GUARDED, NAN, Rows, Task, at, book, changed, diagnosed, learning
 
-SEEDS = range(4)
-BAND = {"for": 1, "out_of": None}
-
-
-def at(rows: Rows, *places: int, **values: float) -> Rows:
-    """Change single rows."""
-    return [{**row, **values} if place in places else row for place, row in enumerate(rows)]
+SEEDS = range(3)
+AT_ONCE = {"for": 1, "out_of": None}
+NO_NOISE = {"sigmas": 0, "spreads": 0, "chance": 1}
 
 
 # ── healthy ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -60,14 +56,21 @@ def shorter(seed: int) -> Rows:
 
 
 def longer(seed: int) -> Rows:
-    """Reasoning gets three times as long, and many answers are cut, while the reward rises."""
-    return learning(seed, Task(start=0.1, end=0.7, longer=3, limit=2))
+    """Reasoning gets longer until nearly every answer is cut, while the reward rises."""
+    return learning(seed, Task(start=0.1, end=0.8, longer=4, limit=1.1))
 
 
 def solved(seed: int) -> Rows:
     """Everything right, no differences, no gradient, hardly any entropy."""
     rows = learning(seed, Task(rows=400, start=0.3, end=0.9, surer=0.1))
-    done = {"reward": 1.0, "reward_std": 0.0, "frac_reward_zero_std": 1.0, "grad_norm": 0.0, "loss": 0.0, "entropy": 0.003}
+    done = {
+        "reward": 1.0,
+        "reward_std": 0.0,
+        "frac_reward_zero_std": 1.0,
+        "grad_norm": 0.0,
+        "loss": 0.0,
+        "entropy": 0.003,
+    }
     return [*rows[:250], *({**row, **done} for row in rows[250:])]
 
 
@@ -112,8 +115,9 @@ def printed(seed: int) -> Rows:
 
 
 def thousands(seed: int) -> Rows:
-    """Long enough for whatever chance makes once in a thousand rows."""
-    return learning(seed, Task(rows=3000, groups=1, start=0.5, end=0.55, hard=1.2))
+    """Long enough for whatever chance makes once in a thousand rows; and no spread is logged that would tell."""
+    rows = learning(seed, Task(rows=2000, groups=1, start=0.5, end=0.55, hard=1.2))
+    return [{name: value for name, value in row.items() if name != "reward_std"} for row in rows]
 
 
 def token_sums(seed: int) -> Rows:
@@ -140,24 +144,24 @@ class Trap(NamedTuple):
 
 
 TRAPS = [
-    Trap(ordinary, {"reward_crash": {"bands": [{"left": 0.9, "severity": "warning"}], "sigmas": 0, "spreads": 0, "chance": 1}}),
+    Trap(ordinary, {"reward_crash": {"bands": [{"left": 0.9, "severity": "warning"}], **NO_NOISE}}),
     Trap(on_policy, {"zero_advantage": {"severity": "warning"}}),
-    Trap(loss_of_zero, {"collapse": {"for": 1}, "loss_spikes": {"by": 0.01, "sigmas": 0, **BAND}}),
-    Trap(surer, {"entropy_leaps": {"severity": "warning"}}),
+    Trap(loss_of_zero, {"loss": {"low": 1.0e-9, "severity": "warning"}}),
+    Trap(surer, {"mode_collapse": {"metrics": ["entropy"], "contradicted_by": []}}),
     Trap(shorter, {"length_shrunk": {"contradicted_by": []}}),
     Trap(longer, {"truncated": {"contradicted_by": []}}),
     Trap(solved, {"no_signal": {"contradicted_by": []}}),
-    Trap(kl_spikes, {"kl_drift": BAND}),
+    Trap(kl_spikes, {"kl_drift": AT_ONCE}),
     Trap(costly, {"kl_drift": {"contradicted_by": []}}),
-    Trap(loss_spike, {"loss_spikes": BAND}),
+    Trap(loss_spike, {"loss_spikes": AT_ONCE}),
     Trap(gradient_spikes, {"gradient_blown": {"floor": 0}}),
-    Trap(skipped_step, {"gradient_nonfinite": BAND}),
-    Trap(bad_batch, {"reward_crash": {"window": 2, "chance": 1, "spreads": 0, "sigmas": 0, "bands": [{"left": 0.6, "severity": "warning"}]}}),
-    Trap(one_group, {"reward_crash": {"chance": 1, "spreads": 0, "sigmas": 0}}),
+    Trap(skipped_step, {"gradient_nonfinite": AT_ONCE}),
+    Trap(bad_batch, {"reward_crash": {"window": 2, "bands": [{"left": 0.6, "severity": "warning"}], **NO_NOISE}}),
+    Trap(one_group, {"reward_crash": NO_NOISE}),
     Trap(one_group, {"no_signal": {"for": 4, "out_of": None}}),
-    Trap(one_small_group, {"reward_crash": {"spreads": 0, "sigmas": 0, "chance": 1}}),
+    Trap(one_small_group, {"reward_crash": NO_NOISE}),
     Trap(printed, {"reward_still": {"share": 0.3, "share_on_top": 0.3, "settle": 8}}),
-    Trap(thousands, {"reward_crash": {"chance": 1}}),
+    Trap(thousands, {"reward_crash": {"chance": 1, "sigmas": 0}}),
     Trap(token_sums, {"kl_penalty": {"severity": "warning"}}),
 ]  # fmt: skip
 
@@ -175,10 +179,10 @@ def test_a_healthy_run_is_silent(make: Callable[[int], Rows], tmp_path: Path) ->
 @pytest.mark.parametrize("trap", TRAPS, ids=named)
 def test_without_its_remedy_a_rule_falls_for_it(trap: Trap, tmp_path: Path) -> None:
     loose = book(tmp_path, **trap.without)
-    fallen = [run for seed in SEEDS if (run := diagnosed(tmp_path, trap.make(seed), loose)).alarm_step is not None]
-    assert fallen
-    blamed = {incident.rule for run in fallen for incident in run.story.incidents if incident.severity != "notice"}
-    assert blamed <= set(trap.without)  # and no other
+    runs = (diagnosed(tmp_path, trap.make(seed), loose) for seed in SEEDS)
+    fallen = next((run for run in runs if run.alarm_step is not None), None)
+    assert fallen is not None
+    assert {rule for rule, _, _ in shown(fallen)} <= set(trap.without)  # and no other
 
 
 def shown(run: Recorded) -> list[tuple[str, str, int]]:
@@ -204,7 +208,7 @@ def reward_lost(seed: int) -> Rows:
 
 def lost_at_once(seed: int) -> Rows:
     """The reward is gone in row 4, and the entropy ten times what it was: no time for a baseline."""
-    rows = learning(seed, Task(rows=40, start=0.7, end=0.75, hard=4))
+    rows = learning(seed, Task(rows=40, groups=32, size=16, start=0.7, end=0.75, hard=4))
     return changed(rows, 3, reward=0.0, reward_std=0.02, entropy=7.0)
 
 
@@ -226,7 +230,9 @@ def one_answer(seed: int) -> Rows:
 def one_answer_at_once(seed: int) -> Rows:
     """Collapsed before the second row: whatever is learned from the first rows is of a run that is dead."""
     rows = learning(seed, Task(rows=60))
-    return changed(rows, 1, completions__mean_length=4.0, entropy=0.02, frac_reward_zero_std=0.95, reward=0.1, reward_std=0.05)
+    return changed(
+        rows, 1, completions__mean_length=4.0, entropy=0.02, frac_reward_zero_std=0.95, reward=0.1, reward_std=0.05
+    )
 
 
 def nothing_trained(seed: int) -> Rows:
@@ -240,11 +246,16 @@ def gradient_gone(seed: int) -> Rows:
 
 
 def no_differences(seed: int) -> Rows:
-    return changed(learning(seed, Task(start=0.3, end=0.3)), WENT, reward_std=0.0, frac_reward_zero_std=1.0, grad_norm=0.0)
+    return changed(
+        learning(seed, Task(start=0.3, end=0.3)), WENT, reward_std=0.0, frac_reward_zero_std=1.0, grad_norm=0.0
+    )
 
 
 def kl_runs_away(seed: int) -> Rows:
-    return [{**row, "kl": row["kl"] * 1.5 ** (place - WENT)} if place >= WENT else row for place, row in enumerate(ordinary(seed))]
+    return [
+        {**row, "kl": row["kl"] * 1.5 ** (place - WENT)} if place >= WENT else row
+        for place, row in enumerate(ordinary(seed))
+    ]
 
 
 def never_earned(seed: int) -> Rows:
@@ -263,11 +274,11 @@ class Sickness(NamedTuple):
 SICK = [
     Sickness(all_nan, "critical", WENT + 1, WENT + 1),
     Sickness(infinite_loss, "critical", WENT + 1, WENT + 2),
-    Sickness(reward_lost, "critical", WENT + 1, WENT + 8),
+    Sickness(reward_lost, "critical", WENT + 1, WENT + 10),
     Sickness(lost_at_once, "critical", 4, 8),
-    Sickness(runaway_length, "warning", WENT + 1, WENT + 10),
+    Sickness(runaway_length, "warning", WENT + 1, WENT + 30),
     Sickness(cut_and_equal, "critical", WENT + 1, WENT + 9),
-    Sickness(one_answer, "critical", WENT + 1, WENT + 6),
+    Sickness(one_answer, "critical", WENT + 1, WENT + 40),
     Sickness(one_answer_at_once, "critical", 2, 8),
     Sickness(nothing_trained, "critical", 1, 1),
     Sickness(gradient_gone, "critical", WENT + 1, WENT + 3),

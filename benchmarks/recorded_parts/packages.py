@@ -4,8 +4,9 @@ Both are given this project's reading of the log under the names that they docum
 spelling of a key: the mean and spread of the reward, entropy, the KL to the reference (per token where the log has it;
 where it has none, the KL to the old policy, which both accept under that name), gradient norm, learning rate, clip
 fraction, advantages; rldoctor also the share of groups without differences, lengths and truncation. What was not logged
-on a row is not given, what was logged as NaN is given as NaN. Their settings are their own defaults, and so are their
-severities: `critical` and `warning` are taken at their word.
+on a row is not given, what was logged as NaN is given as NaN. (Given the log's own keys instead, rldoctor catches less;
+the rewards of single functions, which it also takes, change nothing here.) Their settings are their own defaults, and
+`critical` and `warning` are taken at their word:
 
 - rlwatch: its monitor (`attach(framework="manual")`), fed row by row; the alerts that it sends, cool-down included.
 - rldoctor: its diagnosis of what was logged so far, made anew as the log grows: on every row up to 100, on every fifth
@@ -31,7 +32,7 @@ from grpo_watchdog.metrics import Step
 from recorded_parts.variants import Call  # type: ignore[import-not-found] # found beside the script
 
 DENSE, EVERY = 100, 5  # rows on each of which rldoctor is run; after them, on every so many
-_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder is made in it; its database is written through on every row, which on a disk takes minutes
+_MEMORY = Path("/dev/shm")  # noqa: S108 - rlwatch's database is written through on every row: slow on a disk
 _KL = ("token_kl", "kl", "kl_k1", "kl_penalty", "sequence_kl", "step_kl")
 _RLWATCH = {
     "entropy": ("entropy",),

@@ -213,8 +213,9 @@ def print_left_out(whole: Mapping[str, Any]) -> None:
     for family, rules in left["dropped"].items():
         print(f"\nIn time in {family} alone: {', '.join(rules)}", end="")
     print(
-        "\n\nThe rules were written with these runs in sight: this says how much hangs on one family, not what new runs give."
+        "\n\nThe rules were written with these runs in sight: none of these says what new runs give. A rule that is a"
     )
+    print("definition (no parameter takes a gradient, the loss is NaN) needs no second family to be right; others do.")
 
 
 def print_thresholds(whole: Mapping[str, Any]) -> None:

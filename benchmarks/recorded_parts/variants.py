@@ -133,13 +133,13 @@ def ablated(rules: Rulebook, steps: Sequence[Step], found: Iterable[str]) -> dic
 
 
 def thresholds(name: str, rule: AnyRule) -> list[Threshold]:
-    """Return every number of a rule that something is held against; zeros have no scale."""
+    """Return every number of a rule that something is held against; zeros have no scale, and whole numbers count."""
 
     def walk(at: Any, path: tuple[str | int, ...]) -> Iterator[Threshold]:  # noqa: ANN401 - whatever a rule holds
         for key, value in at.items() if isinstance(at, dict) else enumerate(at):
             if isinstance(value, dict | list):
                 yield from walk(value, (*path, key))
-            elif key in _OUT | _IN | {"low"} and isinstance(value, int | float) and value:
+            elif key in _OUT | _IN | {"low"} and isinstance(value, float) and value:
                 yield Threshold(name, (*path, key), float(value))
 
     return list(walk(_fields(rule), ()))
@@ -168,8 +168,6 @@ def moved(rule: AnyRule, which: Iterable[Threshold], factor: float) -> AnyRule |
             at[key] = 1 - (1 - value) / factor
         else:
             at[key] = value * factor
-        if key == "least":
-            at[key] = round(at[key])
     try:
         return type(rule).model_validate(fields)
     except ValidationError:

@@ -34,18 +34,18 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     diagnosed.add_argument("--rules", default="guarded", metavar="BOOK", help="rulebook (default guarded)")
     diagnosed.add_argument("--format", choices=FORMATS, default="text")
     diagnosed.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
-    diagnosed.add_argument("--trainer", choices=FAMILIES, metavar="NAME",
-                           help=f"whose names the keys are (default: told by the keys): {', '.join(FAMILIES)}")  # fmt: skip
-    diagnosed.add_argument("--steps-per-row", type=_above_zero, default=1, metavar="N",
-                           help="of a log that does not number its rows (default 1)")  # fmt: skip
+    names = f"whose names the keys are (default: told by the keys): {', '.join(FAMILIES)}"
+    diagnosed.add_argument("--trainer", choices=FAMILIES, metavar="NAME", help=names)
+    per_row = "of a log that does not number its rows (default 1)"
+    diagnosed.add_argument("--steps-per-row", type=_above_zero, default=1, metavar="N", help=per_row)
     diagnosed.add_argument("--lang", choices=LANGUAGES, default="en")
     diagnosed.set_defaults(run=_diagnose)
 
     tested = commands.add_parser("backtest", help="hold rulebooks against recorded runs before they touch a live one")
     tested.add_argument("paths", nargs="+", metavar="PATH", help="files or folders")
     tested.add_argument("--rules", action="append", required=True, metavar="BOOK", help="a rulebook; may be repeated")
-    tested.add_argument("--labels", type=Path, metavar="CSV",
-                        help="what is right: columns file, severity (ok, warn, crit), trouble_step, must_by")  # fmt: skip
+    right = "what is right: columns file, severity (ok, warn, crit), trouble_step, must_by"
+    tested.add_argument("--labels", type=Path, metavar="CSV", help=right)
     tested.add_argument("--format", choices=("text", "json"), default="text")
     tested.set_defaults(run=_backtest)
 

@@ -1,8 +1,8 @@
 """Crash: a metric (the reward) that is down at the bottom, from wherever this run had it, within a few observations.
 
 The level is the best running median that the newest values are no part of: a median forgets a lucky batch, a mean does
-not. The bottom is 0, or the lowest value before, where one was below 0. A fall within the noise is none, nor is a stretch of low
-values that is not longer than chance makes one in a run of this length, at the rate at which low values came before.
+not. The bottom is 0, or the lowest value before, where one was below 0. A fall within the noise is none, nor is a
+stretch of low values no longer than chance makes one in a run of this length, at the rate at which such came before.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Collection, Mapping
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.detectors.history import History
+from grpo_watchdog.detectors.sleep import MOST
 from grpo_watchdog.rule import RANK, Level, MetricName, Number, Rule
 
 _NOISE_WINDOW = 32
 _MAD = 1.4826  # a median absolute deviation times this is the standard deviation of normal noise
+_LONGEST = 1000  # stretch that is looked at
 _EACH = 1.5  # a value is low with so many times as much left as their mean may have
 
 
@@ -40,8 +42,9 @@ class CrashRule(Rule):
         level: values in a running median [observations].
         settle: values before the newest for there to be a level [observations].
         sigmas: the least that the fall must measure, in robust standard deviations of the values before.
-        spreads: the same in std_reward (or group_std_reward), as root mean square of what was given before: the spread of single rewards.
-        chance: the probability, in the whole run so far, of a stretch as low and as long as this, up to which it counts.
+        spreads: the same in std_reward (or group_std_reward), the root mean square of those before: what single
+            rewards differ by.
+        chance: up to which probability of a stretch as low and as long, in the whole run so far, it counts.
         bands: the levels; each leaves less than the one before.
     """
 
@@ -80,8 +83,10 @@ class CrashDetector:
 
     def __init__(self, rule: CrashRule) -> None:
         """Start with nothing seen."""
-        self._rule = rule
         self.needs: tuple[str, ...] = (rule.metric,)
+        self._metric, self._window, self._settle_for = rule.metric, rule.window, rule.settle
+        self._sigmas, self._in_spreads, self._chance = rule.sigmas, rule.spreads, rule.chance
+        self._lefts = tuple(band.left for band in rule.bands)
         self._recent: deque[float] = deque(maxlen=rule.window)
         self._before = History(rule.level)
         self._low: deque[float] = deque(maxlen=_NOISE_WINDOW)  # of the stretch that goes on, and no longer the newest
@@ -95,80 +100,101 @@ class CrashDetector:
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Hold the newest values against the level; None where the value is no number."""
-        rule, recent, value = self._rule, self._recent, values[self._rule.metric]
-        if not math.isfinite(value):
+        recent, value = self._recent, values[self._metric]
+        if not abs(value) < MOST:  # nor any whose sums overflow
             return None
-        if len(recent) == rule.window:
+        if len(recent) == self._window:
             self._leave(recent[0])
         recent.append(value)
         spread = values.get("std_reward", values.get("group_std_reward", math.nan))
-        if math.isfinite(spread) and not firing:
+        if abs(spread) < MOST and not firing:
             self._spreads.append(spread)
-        rank, mean, limit, height = 0, value, None, self._best - self._bottom
-        if len(recent) == rule.window and height > 0:
-            self._follow(height)
-            mean = max(math.fsum(recent) / rule.window, sorted(recent)[rule.window // 2])  # most of them, and on average
-            left = (mean - self._bottom) / height
-            if left <= rule.bands[0].left and self._beyond_noise(mean):
-                rank = sum(left <= band.left and self._no_chance(level) for level, band in enumerate(rule.bands))
-                limit = self._bottom + rule.bands[max(rank - 1, 0)].left * height
+        if not self._low_at(0, value):
+            self._streak = [0] * len(self._lefts)
+            return Reading(0, 0, self._metric, value, None) if firing else CALM
+        rank, mean = self._fallen()
         if not rank and not firing:
             return CALM
         note = f"the level was {self._best:.4g}, the bottom is {self._bottom:.4g}" if rank else ""
-        return Reading(rank, rank, rule.metric, mean, limit, note, rule.window - 1 if rank else 0)
+        limit = self._bottom + self._lefts[max(rank - 1, 0)] * (self._best - self._bottom)
+        return Reading(rank, rank, self._metric, mean, limit, note, self._window - 1 if rank else 0)
+
+    def _low_at(self, level: int, value: float) -> bool:
+        """Return whether one value is low by itself: never where there is no level yet."""
+        return value - self._bottom <= _EACH * self._lefts[level] * (self._best - self._bottom) and self._height() > 0
+
+    def _height(self) -> float:
+        return self._best - self._bottom
+
+    def _fallen(self) -> tuple[int, float]:
+        """Return how many levels the newest values have fallen through, and where they are."""
+        self._follow()
+        recent, window = self._recent, self._window
+        mean = max(math.fsum(recent) / len(recent), sorted(recent)[len(recent) // 2])  # most of them, and on average
+        left = (mean - self._bottom) / self._height()
+        if len(recent) < window or left > self._lefts[0] or not self._beyond_noise(mean):
+            return 0, mean
+        return sum(left <= most and self._no_chance(level) for level, most in enumerate(self._lefts)), mean
 
     def _leave(self, value: float) -> None:
         """Take a value that is one of the newest no more; those of a low stretch wait until it is over."""
-        band, height = self._rule.bands[0], self._best - self._bottom
-        if height > 0 and value - self._bottom <= _EACH * band.left * height:
+        if self._low_at(0, value):
             self._low.append(value)
             return
-        for kept in (*self._low, value):
+        for kept in (*self._low, value) if self._low else (value,):
             self._settle(kept)
         self._low.clear()
 
     def _settle(self, value: float) -> None:
-        height = self._best - self._bottom
-        for level, band in enumerate(self._rule.bands):
-            self._lows[level] += height > 0 and value - self._bottom <= _EACH * band.left * height
+        if self._low_at(0, value):
+            for level in range(len(self._lefts)):
+                self._lows[level] += self._low_at(level, value)
         self._before.add(value)
         self._noise.append(value)
         self._bottom = min(self._bottom, value)
         self._settled += 1
-        if self._settled >= self._rule.settle:
+        if self._settled >= self._settle_for:
             self._best = max(self._best, self._before.median())
 
-    def _follow(self, height: float) -> None:
+    def _follow(self) -> None:
         """Count on how long the newest values have been low; there may have been no level yet for those in hand."""
-        for level, band in enumerate(self._rule.bands):
-            limit = self._bottom + _EACH * band.left * height
-            low = list(takewhile(lambda value, limit=limit: value <= limit, reversed(self._recent)))
-            whole = len(low) == self._rule.window
-            self._streak[level] = max(self._streak[level] + 1, len(low)) if whole else len(low)
+        for level in range(len(self._lefts)):
+            low = len(self._recent)
+            for back, value in enumerate(reversed(self._recent)):
+                if not self._low_at(level, value):
+                    low = back
+                    break
+            whole = low == self._window
+            self._streak[level] = max(self._streak[level] + 1, low) if whole else low
 
     def _no_chance(self, level: int) -> bool:
         """Return whether the stretch of low values is longer than chance makes it."""
         streak, count, before = self._streak[level], self._settled + 1, self._lows[level] + 0.5
-        if before >= count:
+        if streak < self._window:
             return False
-        return streak >= max(self._rule.window, math.log(self._rule.chance / count) / math.log(before / count))
+        chance = float(count)  # of that many low values in a row anywhere, predicted from the rate until then
+        for already in range(min(streak, _LONGEST)):
+            chance *= min(1.0, (before + already) / (count + already))
+        return chance <= self._chance
 
     def _beyond_noise(self, mean: float) -> bool:
         fall, noise = self._best - mean, _scatter(self._noise)
         spread = math.hypot(*self._spreads) / math.sqrt(len(self._spreads) or 1)
-        return fall > self._rule.sigmas * noise and fall > self._rule.spreads * spread
+        return fall > self._sigmas * noise and fall > self._in_spreads * spread
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""
         return {
-            "recent": list(self._recent), "before": self._before.state_dict(), "noise": list(self._noise), "low": list(self._low),
-            "best": None if math.isinf(self._best) else self._best, "bottom": self._bottom, "spreads": list(self._spreads),
+            "recent": list(self._recent), "before": self._before.state_dict(),
+            "noise": list(self._noise), "low": list(self._low),
+            "best": None if math.isinf(self._best) else self._best, "bottom": self._bottom,
+            "spreads": list(self._spreads),
             "settled": self._settled, "lows": list(self._lows), "streak": list(self._streak),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._recent = deque(state["recent"], maxlen=self._rule.window)
+        self._recent = deque(state["recent"], maxlen=self._window)
         self._before.load_state_dict(state["before"])
         self._noise = deque(state["noise"], maxlen=_NOISE_WINDOW)
         self._low = deque(state["low"], maxlen=_NOISE_WINDOW)

@@ -21,7 +21,7 @@ class FirstDetector(BandDetector):
 
     def __init__(self, rule: FirstRule) -> None:
         """Look at whatever comes first, in bands or not."""
-        super().__init__(rule)  # type: ignore[arg-type]
+        super().__init__(rule)
         self._looked = False
         self.quiet = (rule.metric, float("inf"), float("-inf"))  # nothing lies in it: always look
 

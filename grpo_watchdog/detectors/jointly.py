@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -38,6 +39,10 @@ class JointlyDetector(Memoryless):
             )
             for sign in rule.signs
         ]
+        metric, low, high = self._signs[0]  # while this one is not shown, they are not all
+        apart = (-sys.float_info.max, math.nextafter(low, -math.inf)) if high == math.inf else (
+            math.nextafter(high, math.inf), sys.float_info.max)  # fmt: skip
+        self.quiet = (metric, *apart)
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading:
         """Return whether all are shown; not-a-number shows nothing."""

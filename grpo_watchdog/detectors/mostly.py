@@ -7,14 +7,15 @@ again is no spike that heals.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from grpo_watchdog.detectors.detector import CALM, Detector, Reading
+from grpo_watchdog.detectors.sleep import Interval, Sleeper
 
 
 class Mostly:
-    """Counts how often each level was reached among the last observations.
+    """Counts how often each level was reached among the last observations; sleeps while none of them reached any.
 
     Args:
         inner: what looks at one observation.
@@ -23,19 +24,36 @@ class Mostly:
         levels: how many the rule has.
     """
 
+    quiet: tuple[str, float, float] | None = None
     steady: tuple[str, float, float] | None = None
 
     def __init__(self, inner: Detector, enough: int, window: int, levels: int) -> None:
         """Start with nothing seen."""
         self._inner, self._enough, self._levels = inner, enough, levels
+        self._sleeper = inner if isinstance(inner, Sleeper) else None
         self.needs, self.needs_all = inner.needs, inner.needs_all
         self._ranks: deque[int] = deque(maxlen=window)
         self._counts = [0] * levels  # by level: how many of these reached it
 
-    @property
-    def quiet(self) -> tuple[str, float, float] | None:
-        """Return what the next value may be for nothing to change: only while the whole window is calm."""
-        return None if self._counts[0] else self._inner.quiet
+    def columns(self, given: Container[str]) -> tuple[str, ...]:
+        """Return what the inner one sleeps by."""
+        if self._sleeper is not None:
+            return self._sleeper.columns(given)
+        return () if self._inner.quiet is None else (self._inner.quiet[0],)
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return the inner one's intervals while the whole window is calm."""
+        if self._counts[0]:
+            return None
+        if self._sleeper is not None:
+            return self._sleeper.sleep()
+        return None if self._inner.quiet is None else (self._inner.quiet[1:],)
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Learn calm observations."""
+        if self._sleeper is not None:
+            self._sleeper.catch_up(columns)
+        self._ranks.extend([0] * len(columns[0]))
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return the highest level that was reached often enough."""

@@ -5,7 +5,6 @@ A level is a running median: one long answer is none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from pydantic import Field
 
 from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.detectors.history import History
+from grpo_watchdog.detectors.sleep import MOST
 from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 _LEVEL = 8  # values in a running median
@@ -25,7 +25,7 @@ class ShrunkRule(SingleRule):
     Attributes:
         metrics: quantities that are never below 0.
         to: the fraction.
-        from_first: whether the first value counts by itself, as the highest: a run may collapse before its second row.
+        from_first: whether the first value counts by itself: a run may collapse before its second row.
         least: the first metric's highest must be at least this for anything to be said, in its unit.
     """
 
@@ -45,35 +45,35 @@ class ShrunkDetector:
 
     def __init__(self, rule: ShrunkRule) -> None:
         """Start with nothing seen."""
-        self._rule = rule
+        self._to, self._from_first, self._least = rule.to, rule.from_first, rule.least
         self.needs = tuple(rule.metrics)
         self._recent = {name: History(_LEVEL) for name in rule.metrics}
         self._highest = dict.fromkeys(rule.metrics, 0.0)
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Hold each value against its highest; None where one is no number."""
-        rule, highest, shrunk = self._rule, self._highest, True
+        highest, to, shrunk = self._highest, self._to, True
         for name, recent in self._recent.items():
             value = values[name]
-            if not math.isfinite(value):
+            if not abs(value) < MOST:  # nor any whose sums overflow
                 return None
             recent.add(value)
-            if value > highest[name]:
-                if len(recent) >= _LEAST:
-                    highest[name] = max(highest[name], recent.median())
-                elif len(recent) == 1 and rule.from_first:
-                    highest[name] = value
-            shrunk = shrunk and value <= rule.to * highest[name] and highest[name] > 0
+            if len(recent) >= _LEAST:
+                highest[name] = max(highest[name], recent.median())
+            elif len(recent) == 1 and self._from_first:
+                highest[name] = value
+            shrunk = shrunk and value <= to * highest[name] and highest[name] > 0
         first = self.needs[0]
-        shrunk = shrunk and highest[first] >= rule.least
+        shrunk = shrunk and highest[first] >= self._least
         if not shrunk and not firing:
             return CALM
         note = ", ".join(f"{name} {values[name]:.4g} was {highest[name]:.4g}" for name in self.needs) if shrunk else ""
-        return Reading(int(shrunk), int(shrunk), first, values[first], rule.to * highest[first], note)
+        return Reading(int(shrunk), int(shrunk), first, values[first], to * highest[first], note)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the highest and the last values."""
-        return {"recent": {name: kept.state_dict() for name, kept in self._recent.items()}, "highest": dict(self._highest)}
+        recent = {name: kept.state_dict() for name, kept in self._recent.items()}
+        return {"recent": recent, "highest": dict(self._highest)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""

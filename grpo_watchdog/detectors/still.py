@@ -1,7 +1,7 @@
 """Still: a metric that has given the same value, to the bit, on most observations ever since the run began.
 
 A reward that stands still after it moved is a task that was solved, or a policy that died: other rules tell. One that
-never moved is a run in which nothing is earned. Values printed to a few decimals repeat by chance, not most of the time.
+never moved is a run in which nothing is earned. Values printed to few decimals repeat by chance, not most of the time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from grpo_watchdog.detectors.detector import CALM, Reading
+from grpo_watchdog.detectors.sleep import MOST
 from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 
@@ -53,10 +54,12 @@ class StillDetector:
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Return whether it stands still; None where the value is no number."""
+        if self._moved and not firing:
+            return CALM
         rule, value = self._rule, values[self._rule.metric]
         if self._moved:
-            return Reading(0, 0, rule.metric, value, None) if firing else CALM
-        if not math.isfinite(value):
+            return Reading(0, 0, rule.metric, value, None)
+        if not abs(value) < MOST:  # nor any whose sums overflow
             return None
         self._seen += 1
         self._highest = max(self._highest, value)

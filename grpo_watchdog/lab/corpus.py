@@ -25,17 +25,9 @@ from grpo_watchdog.lab.faults import FAULTS, LOOKALIKES, Injection
 from grpo_watchdog.lab.training import TASKS, GrpoTraining
 
 COLUMNS = (
-    "name",
-    "file",
-    "severity",
-    "label",
-    "trouble_step",
-    "must_by",
-    "steps_per_row",
-    "family",
-    "reason",
-    "trainer",
-)
+    "name", "file", "severity", "severity_1", "severity_2", "label", "trouble_step", "must_by", "steps_per_row",
+    "family", "reason", "trainer",
+)  # fmt: skip
 _GRACE = 10  # rows that any alarm may take
 _LATEST = 3  # evaluations over which the true reward is averaged, for a run to have lost half of it
 _SAMPLES = 512  # of an evaluation of the true reward
@@ -46,27 +38,27 @@ class Plan(NamedTuple):
 
     Attributes:
         file: where it goes; its beginning is the run's name, its end the format.
-        severity: what is right for it: ok, warn or crit.
+        severity: what is right for it: ok, warn or crit; two of them where two readings are.
         label: what is wrong with it, in a word.
         task: a name in TASKS, or "trl".
+        seed: of everything.
         event: the fault or look-alike; "" for nothing.
         size: how hard that strikes.
         onset: the first step that it befalls, counted as the log counts.
         every: a row is logged every so many steps [steps].
         steps: of the whole run [steps].
-        seed: of everything.
     """
 
     file: str
     severity: str
     label: str
     task: str
+    seed: int
     event: str = ""
     size: float = 1.0
     onset: int = 0
     every: int = 2
     steps: int = 200
-    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -89,49 +81,41 @@ class Taken(NamedTuple):
 
 
 PLANS: tuple[Plan, ...] = (
-    Plan("tokens_healthy.csv", "ok", "healthy", "tokens", seed=1),
-    Plan("chain_healthy.tfevents", "ok", "healthy", "chain", every=4, seed=2),
-    Plan("reference_healthy.jsonl", "ok", "healthy", "reference", seed=3),
-    Plan("tokens_solved.jsonl", "ok", "healthy_solved", "tokens", "solved", seed=4),
-    Plan("tokens_entropy_falls.csv", "ok", "healthy_lookalike", "tokens", "entropy_falls_with_reward", seed=5),
-    Plan("chain_kl_rises.log", "ok", "healthy_lookalike", "chain", "kl_rises_with_reward", seed=6),
-    Plan("chain_spike.jsonl.gz", "ok", "healthy_lookalike", "chain", "spike", onset=90, seed=7),
-    Plan("tokens_kl_coef_zero.jsonl", "ok", "fault_without_harm", "tokens", "kl_coef_zero", onset=80, seed=8),
-    Plan("tokens_lr_x100.jsonl", "crit", "reward_collapse", "tokens", "lr_up", 100, onset=80, seed=9),
-    Plan("reference_lr_x60.csv", "crit", "diverged", "reference", "lr_up", 60, onset=90, seed=10),
+    Plan("tokens_healthy.csv", "ok", "healthy", "tokens", 1),
+    Plan("chain_healthy.tfevents", "ok", "healthy", "chain", 2, every=4),
+    Plan("reference_healthy.jsonl", "ok", "healthy", "reference", 3),
+    Plan("tokens_solved.jsonl.gz", "ok", "healthy_solved", "tokens", 4, "solved"),
+    Plan("tokens_entropy_falls.csv", "ok", "healthy_lookalike", "tokens", 5, "entropy_falls_with_reward"),
+    Plan("chain_kl_rises.log", "ok", "healthy_lookalike", "chain", 6, "kl_rises_with_reward"),
+    Plan("chain_spike.jsonl.gz", "ok", "healthy_lookalike", "chain", 7, "spike", onset=90),
+    Plan("tokens_kl_coef_zero.jsonl.gz", "warn", "kl_coef_lost", "tokens", 8, "kl_coef_zero", onset=80),
+    Plan("tokens_lr_x100.jsonl", "crit", "reward_collapse", "tokens", 9, "lr_up", 100, 80),
+    Plan("reference_lr_x60.csv", "crit", "diverged", "reference", 10, "lr_up", 60, 90),
+    Plan("chain_reward_hacked.tfevents", "crit", "reward_hacked", "chain", 11, "reward_hack", 0.9, 80, every=4),
+    Plan("tokens_nan_batch.csv", "crit", "nan", "tokens", 12, "nan_batch", onset=100),
+    Plan("tokens_weights_corrupted.log.gz", "crit", "reward_collapse", "tokens", 13, "weights_corrupted", 2, 80),
     Plan(
-        "chain_reward_hacked.tfevents", "crit", "reward_hacked", "chain", "reward_hack", 0.9, onset=80, every=4, seed=11,
+        "tokens_entropy_bonus.tfevents", "crit", "entropy_explosion", "tokens", 14, "entropy_bonus", onset=70, every=4,
     ),
-    Plan("tokens_nan_batch.csv", "crit", "nan", "tokens", "nan_batch", onset=100, seed=12),
-    Plan(
-        "tokens_weights_corrupted.log", "crit", "reward_collapse", "tokens", "weights_corrupted", 2, onset=80, seed=13,
-    ),
-    Plan(
-        "tokens_entropy_bonus.tfevents", "crit", "entropy_explosion", "tokens", "entropy_bonus", 1, onset=70, every=4, seed=14,
-    ),
-    Plan("tokens_kl_coef_x100.csv", "crit", "pulled_back", "tokens", "kl_coef_up", 100, onset=70, seed=15),
-    Plan("chain_reward_constant.jsonl", "warn", "zero_variance", "chain", "reward_constant", 0.5, onset=80, seed=16),
-    Plan("tokens_identical_samples.csv.gz", "crit", "zero_variance", "tokens", "identical_samples", onset=90, seed=17),
-    Plan(
-        "tokens_reward_outage.jsonl", "warn", "reward_service_lost", "tokens", "reward_constant_outage", 0, onset=90, seed=18,
-    ),
-    Plan("tokens_length_hacked.csv", "warn", "length_runaway", "tokens", "length_hack", 2, onset=80, seed=19),
-    Plan("trl_healthy.json", "ok", "healthy", "trl", every=5, seed=20),
-    Plan("trl_healthy_other.tfevents", "ok", "healthy", "trl", every=8, seed=21),
-    Plan("trl_lora_healthy.log", "ok", "healthy", "trl", "lora", every=5, seed=22),
-    Plan("trl_beta_zero.json.gz", "ok", "healthy_lookalike", "trl", "beta_zero", every=4, seed=23),
-    Plan("trl_on_policy.log", "ok", "healthy_lookalike", "trl", "on_policy", every=4, seed=24),
-    Plan("trl_lr_x100.json", "crit", "reward_collapse", "trl", "lr_up", 100, 101, every=5, seed=25),
-    Plan("trl_nan_gradient.log", "crit", "nan", "trl", "nan_gradient", onset=41, every=1, steps=60, seed=26),
-    Plan(
-        "trl_weights_corrupted.tfevents", "crit", "reward_collapse", "trl", "weights_corrupted", 3, 101, every=8, seed=27,
-    ),
-    Plan("trl_reward_inverted.json", "crit", "reward_inverted", "trl", "reward_inverted", onset=101, every=5, seed=28),
-    Plan("trl_reward_hacked.log", "crit", "reward_hacked", "trl", "reward_hacked", 3, 101, every=5, seed=29),
-    Plan("trl_one_answer.json.gz", "crit", "mode_collapse", "trl", "one_answer", onset=101, every=4, seed=30),
-    Plan("trl_frozen.json", "crit", "dead_update", "trl", "frozen", onset=1, every=4, steps=120, seed=31),
-    Plan("trl_reward_lost.json", "warn", "reward_service_lost", "trl", "reward_lost", onset=101, every=5, seed=32),
-    Plan("trl_never_ends.log", "warn", "length_truncation", "trl", "never_ends", onset=101, every=5, seed=33),
+    Plan("tokens_kl_coef_x100.csv", "crit", "pulled_back", "tokens", 15, "kl_coef_up", 100, 70),
+    Plan("chain_reward_constant.jsonl.gz", "crit", "zero_variance", "chain", 16, "reward_constant", 0.5, 80),
+    Plan("tokens_identical_samples.csv.gz", "crit", "zero_variance", "tokens", 17, "identical_samples", onset=90),
+    Plan("tokens_outage.jsonl.gz", "warn|crit", "reward_service_lost", "tokens", 18, "reward_constant_outage", 0, 90),
+    Plan("tokens_length_hacked.csv", "warn", "length_runaway", "tokens", 19, "length_hack", 2, 80),
+    Plan("trl_healthy.json", "ok", "healthy", "trl", 20, every=5),
+    Plan("trl_healthy_other.tfevents", "ok", "healthy", "trl", 21, every=8),
+    Plan("trl_lora_healthy.log", "ok", "healthy", "trl", 22, "lora", every=5),
+    Plan("trl_beta_zero.json.gz", "ok", "healthy_lookalike", "trl", 23, "beta_zero", every=4),
+    Plan("trl_on_policy.log", "ok", "healthy_lookalike", "trl", 24, "on_policy", every=4),
+    Plan("trl_lr_x100.json", "crit", "reward_collapse", "trl", 25, "lr_up", 100, 101, every=5),
+    Plan("trl_nan_gradient.log", "crit", "nan", "trl", 26, "nan_gradient", onset=41, every=1, steps=60),
+    Plan("trl_weights_corrupted.tfevents", "crit", "reward_collapse", "trl", 27, "weights_corrupted", 3, 101, every=8),
+    Plan("trl_reward_inverted.json.gz", "crit", "reward_inverted", "trl", 28, "reward_inverted", onset=101, every=5),
+    Plan("trl_reward_hacked.log", "crit", "reward_hacked", "trl", 29, "reward_hacked", 3, 101, every=5),
+    Plan("trl_one_answer.json.gz", "crit", "mode_collapse", "trl", 30, "one_answer", 30, 101, every=4),
+    Plan("trl_frozen.json", "crit", "dead_update", "trl", 31, "frozen", onset=1, every=4, steps=120),
+    Plan("trl_reward_lost.json.gz", "crit", "reward_service_lost", "trl", 32, "reward_lost", onset=101, every=5),
+    Plan("trl_never_ends.log", "warn", "length_truncation", "trl", 33, "never_ends", onset=101, every=5),
 )  # fmt: skip
 
 
@@ -179,13 +163,15 @@ def _label(plan: Plan, taken: Taken) -> dict[str, str]:
         if taken.crashed
         else f"{fmean([reward for _, reward in taken.truth][-5:]):.2f} at the end"
     )
+    first, *others = plan.severity.split("|")
+    severity, second = ("disputed", others[0]) if others else (first, first)
     trouble = "" if plan.severity == "ok" else str(plan.onset)
     event = f"{plan.event.replace('_', ' ')} ({plan.size:g})" if plan.event else "nothing befalls it"
     since = f" from {plan.onset} on" if plan.onset > 1 else ""
     reason = f"{event}{since}; true reward {before:.2f} {'before' if since else 'at first'}, {end}"
     per_row = str(plan.every) if plan.task == "trl" and plan.file.endswith(".log") else ""  # TRL prints no step
     return dict(zip(COLUMNS, (
-        plan.name, plan.file, plan.severity, plan.label, trouble,
+        plan.name, plan.file, severity, first, second, plan.label, trouble,
         str(_must_by(plan, taken)) if trouble else "", per_row, f"lab {plan.task}", reason,
         "TRL GRPO" if plan.task == "trl" else "this project's lab",
     ), strict=True))  # fmt: skip

@@ -66,5 +66,6 @@ SINKS: dict[str, Callable[[Path, Rows], object]] = {
     ".csv": lambda path, rows: path.write_text(_csv(rows), encoding="utf-8"),
     ".csv.gz": lambda path, rows: write_gzip(path, _csv(rows)),
     ".log": lambda path, rows: path.write_text(_console(rows), encoding="utf-8"),
+    ".log.gz": lambda path, rows: write_gzip(path, _console(rows)),
     ".tfevents": _events,
 }

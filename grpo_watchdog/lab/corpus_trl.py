@@ -16,7 +16,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from grpo_watchdog.lab.corpus_files import suffix, take_events, write_gzip
 from grpo_watchdog.lab.trl_faults import GradientFault, LearningRateFault, WeightFault
-from grpo_watchdog.lab.trl_toy import EOS, LETTERS, repeat_reward, toy_trainer
+from grpo_watchdog.lab.trl_toy import EOS, LETTERS, PAD, repeat_reward, toy_trainer
 
 if TYPE_CHECKING:
     from grpo_watchdog.lab.corpus import Plan, Taken
@@ -73,6 +73,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 def _rewards(plan: Plan, truth: list[tuple[int, float]]) -> list[Reward]:
     """Return the reward functions of a run, the first of which notes the true reward."""
+    given = _GIVEN.get(plan.event, float)
 
     def repeat(prompts: list[str], completions: list[str], trainer_state: TrainerState, **_: Any) -> list[float | None]:
         true = [reward or 0.0 for reward in repeat_reward(prompts, completions)]
@@ -84,7 +85,6 @@ def _rewards(plan: Plan, truth: list[tuple[int, float]]) -> list[Reward]:
         on = trainer_state.global_step + 1 >= plan.onset
         return [on * plan.size * _share_of_cheat(completion) for completion in completions]
 
-    given = _GIVEN.get(plan.event, lambda reward: reward)
     repeat.__name__, cheat.__name__ = "repeat_reward", "style_reward"
     return [repeat, cheat] if plan.event == "reward_hacked" else [repeat]
 
@@ -139,8 +139,8 @@ class _From(transformers.TrainerCallback):
 
 def _befall(plan: Plan, trainer: Any) -> None:  # noqa: ANN401 - parts of it may be None to a type checker
     if plan.event == "never_ends":
-        end = trainer.processing_class.convert_tokens_to_ids(EOS)
-        trainer.add_callback(_From(plan.onset, lambda: setattr(trainer.generation_config, "suppress_tokens", [end])))
+        ends = trainer.processing_class.convert_tokens_to_ids([EOS, PAD])  # padding would read as an end, too
+        trainer.add_callback(_From(plan.onset, lambda: setattr(trainer.generation_config, "suppress_tokens", ends)))
     if plan.event == "frozen":  # as where checkpointed activations cut the graph: a gradient comes, and it is 0
         for parameter in trainer.model.parameters():
             parameter.register_hook(torch.zeros_like)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from grpo_watchdog.logs.numbers import text_number
@@ -85,7 +85,7 @@ def layout_of(head: str) -> Layout | None:
     for at, line in enumerate(lines[:_LOOKED_AT]):
         if not line.strip() or line.lstrip().startswith("#") or _RULE.fullmatch(line):
             continue
-        below = [text for text in lines[at + 1 : at + 1 + _LOOKED_AT] if text.strip() and not _RULE.fullmatch(text)]
+        below = lines[at + 1 :]
         for separator in _SEPARATORS:
             layout = Layout(separator, at + 1, cut(line, separator))
             if len(layout.heading) > (separator != ",") and _fits(layout, _under(below, separator)):
@@ -96,9 +96,11 @@ def layout_of(head: str) -> Layout | None:
 def _under(lines: list[str], separator: str) -> list[list[str]]:
     """Return the cells of the first records of a table."""
     if separator in " |":
-        return [cut(line, separator) for line in lines[:_BELOW]]
+        near = takewhile(str.strip, lines[: 2 * _BELOW])
+        return [cut(line, separator) for line in near if not _RULE.fullmatch(line)][:_BELOW]
+    text = (f"{line}\n" for line in lines if line.strip() and not _RULE.fullmatch(line))
     try:
-        return list(islice(csv.reader((f"{line}\n" for line in lines), delimiter=separator), _BELOW))
+        return list(islice(csv.reader(text, delimiter=separator), _BELOW))
     except csv.Error:
         return []
 
@@ -115,7 +117,7 @@ def _fits(layout: Layout, below: list[list[str]]) -> bool:
     extra = len(first) - len(heading)  # pandas prints an index before its columns
     if extra not in ((0, 1) if layout.separator == " " else (0,)):
         return False
-    if loose and (len(set(names)) < len(names) or any(len(cells) != len(first) for cells in below)):
+    if loose and (len(set(names)) < len(names) or any(len(cells) != len(first) for cells in below[:2])):
         return False
     cells = first[extra:]
     numbers = [layout.value(cell) for cell in cells]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from grpo_watchdog.logs.json_text import beginning
-from grpo_watchdog.logs.literals import dicts_in
+from grpo_watchdog.logs.literals import Found, dicts_in
 from grpo_watchdog.logs.pairs import Line, cleaned, pairs_in, step_in
 from grpo_watchdog.logs.records import is_evaluation, merged, row_of
 from grpo_watchdog.logs.row import Row
@@ -22,10 +22,11 @@ _LONGEST_DICT = 1 << 16  # characters of a dict over several lines
 _FAR = 60  # lines: what stands further below a step is not about it
 _FIRST, _FIRST_SURE = 20_000, 50  # rows after which the style is decided; of a style that nothing else looks like
 _SURE = ("dict", "verl")
-_FEW = 3  # rows: too few to tell what comes again
+_FEW = 3  # rows are too few to tell what comes again; keys are enough to be one of them
 _WEIGHT = {"dict": 4, "verl": 4, "pairs": 2, "table": 2, "bar": 1}
 _NAMED = re.compile(r"(?i)([a-z][a-z_ ]{0,40}?)[ _:=#\[(]{1,3}(\d{1,15})(?:/\d+)?[\])]?\s{0,3}[:=|-]?\s{0,3}$")
 _NO_STEP = re.compile(r"(?i)(rank|worker|gpu|device|pid|node|epoch|sample|example|line|seed)s?$")
+_TELLS = re.compile(r"[\d{]|nan|inf|NaN")  # what is in every line that tells anything
 _METRIC = re.compile(  # one of these stands in a row that is no noise
     r"(?i)loss|reward|\bkl|kl\b|_kl|entrop|grad|norm|score|return|adv|\bpg|\blr\b|learning|len|acc|ratio|clip|ppl|perplex|"
     r"value|policy|actor|critic|success|\bwin|\brm\b|\bret\b"
@@ -82,7 +83,8 @@ def _usual(first: list[_Told], told: Iterator[_Told], style: str) -> Iterator[Ro
     known = Counter(key for row in mine for key in row.values)
     often = {key for key, count in known.items() if count > 1 or len(mine) < _FEW}
     for row in mine:
-        if sum(key in often for key in row.values) * 2 >= len(row.values):
+        shared = sum(key in often for key in row.values)
+        if shared * 2 >= len(row.values) or shared >= _FEW:
             yield row
     for entry in told:
         if entry.style == style and not often.isdisjoint(entry.row.values):
@@ -96,7 +98,8 @@ class _Teller:
     def __init__(self, source: Source, run: str) -> None:
         self._source, self._run = source, run
         self._mark = ""
-        self._pending, self._begun, self._braces = "", 0, 0  # a dict that does not end on its line
+        self._held: list[tuple[int, str]] = []  # the lines of a dict that does not end on its line
+        self._size = self._braces = 0
         self._line: Line | None = None  # the step that the lines are about
         self._values: dict[str, float] = {}
         self._at = 0
@@ -117,28 +120,56 @@ class _Teller:
     def told(self, lines: Iterable[tuple[int, str]]) -> Iterator[_Told]:
         """Yield what the lines tell, whatever the style; once it is decided, lines of other styles are passed over."""
         for count, line in lines:
-            if not self._pending and self._mark not in line:
+            if not self._held and (self._mark not in line or not _TELLS.search(line)):
                 continue
             yield from self.take(count, cleaned(line[:_LONGEST]))
         yield from self.rest()
 
     def take(self, count: int, line: str) -> Iterator[_Told]:
         """Take the next line."""
-        if self._pending:
-            done = self._goes_on(line)
-            if done is None:
+        if self._held:
+            opens = line.lstrip().startswith(("{'", '{"'))
+            held = self._held
+            if opens or "step:" in line or self._size + len(line) > _LONGEST_DICT:
+                yield from self._given_up()
+            else:
+                self._hold(count, line)
+                if self._braces > 0:
+                    return
+                text = "\n".join(part for _, part in held)
+                found = dicts_in(text)
+                if found.dicts:
+                    self._held = []
+                    yield from self._dicts(held[0][0], text, found)
+                else:
+                    yield from self._given_up()
                 return
-            if done:
-                yield from self._dicts(self._begun, done)
-                return
+        yield from self._one(count, line, opening=True)
+
+    def _hold(self, count: int, line: str) -> None:
+        """Keep a line of a dict that goes on below."""
+        self._held.append((count, line))
+        self._size += len(line)
+        self._braces += line.count("{") - line.count("}")
+
+    def _given_up(self) -> Iterator[_Told]:
+        """Take what was held as lines of their own: it is no dict."""
+        held, self._held = self._held, []
+        for count, line in held:
+            yield from self._one(count, line, opening=False)
+
+    def _one(self, count: int, line: str, *, opening: bool) -> Iterator[_Told]:
+        """Take a line by itself; where it may open a dict that goes on below, it is held."""
         if "{" in line:
             found = dicts_in(line)
-            if found.dicts or found.opened >= 0:
+            if found.dicts:
                 yield from self._flushed()
-                yield from self._dicts(count, line)
-                if found.opened >= 0:
-                    self._pending, self._begun = line[found.end :], count
-                    self._braces = self._pending.count("{") - self._pending.count("}")
+                yield from self._dicts(count, line, found)
+            if opening and found.opened >= 0:
+                self._size = self._braces = 0
+                self._hold(count, line[found.end :])
+                return
+            if found.dicts:
                 return
         told = pairs_in(line)
         if told is None:
@@ -150,26 +181,14 @@ class _Teller:
 
     def rest(self) -> Iterator[_Told]:
         """Tell what was open at the end."""
+        yield from self._given_up()
         yield from self._flushed()
         if self._bar is not None:
             yield _Told("bar", self._bar)
 
-    def _goes_on(self, line: str) -> str | None:
-        """Return the text of a dict that ends on this line, None where it goes on, "" where it is none after all."""
-        opens = line.lstrip()
-        if len(self._pending) + len(line) > _LONGEST_DICT or opens.startswith(("{'", '{"')) or "step:" in line:
-            self._pending = ""
-            return ""
-        self._pending += "\n" + line
-        self._braces += line.count("{") - line.count("}")
-        if self._braces > 0:
-            return None
-        text, self._pending = self._pending, ""
-        return text if dicts_in(text).dicts else ""
-
-    def _dicts(self, count: int, text: str) -> Iterator[_Told]:
+    def _dicts(self, count: int, text: str, found: Found) -> Iterator[_Told]:
         at = 0
-        for begins, record in dicts_in(text).dicts:
+        for begins, record in found.dicts:
             before = text[at:begins]
             at = begins
             nulls = [key for key in MEASURED if key in self._seen and record.get(key, 0) is None]
@@ -193,7 +212,7 @@ class _Teller:
             return
         row = row._replace(step=told.step)
         before, self._bar = self._bar, row
-        if before is not None and before.values != row.values and (before.step != row.step or row.step is None):
+        if before is not None and (before.values != row.values if row.step is None else before.step != row.step):
             yield _Told("bar", before)
 
     def _pairs(self, count: int, told: Line) -> Iterator[_Told]:
@@ -202,6 +221,8 @@ class _Teller:
         step = self._numbered(told)
         near = self._line is not None and count - self._at <= _FAR
         if told.step is None:
+            if told.style != "table" and not any(map(_METRIC.search, told.values)):
+                return  # noise below a row
             if not near and len(told.values) < 2 and told.style != "table":  # noqa: PLR2004
                 return
             step = self._line.step if near and self._line is not None else None
@@ -231,7 +252,7 @@ class _Teller:
         self._line, self._values = None, {}
         if line is None or not values:
             return
-        if not any(_METRIC.search(key) for key in values):
+        if line.style != "verl" and not any(_METRIC.search(key) for key in values):
             return
         row = row_of(values, self._source, self._run, f"line {self._at}")
         if row is not None and (line.step is not None or row.step is not None or len(row.values) > 1):

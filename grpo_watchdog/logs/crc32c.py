@@ -1,44 +1,25 @@
-"""CRC-32C of many records at once, as TFRecord files carry it: one table step per two bytes, for all records together.
-
-A byte at a time in Python takes longer than everything else that reading an event file does.
-"""
+"""CRC-32C of a few bytes, masked as TensorFlow's record files have it; `checksums` has it of many stretches at once."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-
-_POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected
-_MASK_DELTA = 0xA282EAD8  # TFRecord stores ((crc >> 15) | (crc << 17)) + this
+_POLYNOMIAL = 0x82F63B78  # Castagnoli's, its bits reversed; RFC 3720, appendix B.4
+DELTA = 0xA282EAD8  # of the mask
+_WORD = 0xFFFFFFFF
 
 
-def masked(data: np.ndarray) -> np.ndarray:
-    """Return the masked CRC-32C of every row of an (n, length) array of bytes, as uint32."""
-    import numpy as np  # noqa: PLC0415 - the package imports without numpy
-
-    one, two = _tables()
-    count, length = data.shape
-    crc = np.full(count, 0xFFFFFFFF, np.uint32)
-    words = np.ascontiguousarray(data[:, : length - length % 2]).view(np.uint16)
-    for column in np.ascontiguousarray(words.T):
-        crc = two[(crc ^ column) & 0xFFFF] ^ (crc >> 16)
-    if length % 2:
-        crc = one[(crc ^ data[:, -1]) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15) | (crc << 17)) + np.uint32(_MASK_DELTA)
+def _entry(crc: int) -> int:
+    for _ in range(8):
+        crc = crc >> 1 ^ (_POLYNOMIAL if crc & 1 else 0)
+    return crc
 
 
-@cache
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Return the tables for one byte and for two."""
-    import numpy as np  # noqa: PLC0415
+TABLE = tuple(map(_entry, range(256)))  # what each byte becomes
 
-    def steps(values: np.ndarray, bits: int) -> np.ndarray:
-        for _ in range(bits):
-            values = (values >> 1) ^ np.where(values & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
-        return values
 
-    return steps(np.arange(1 << 8, dtype=np.uint32), 8), steps(np.arange(1 << 16, dtype=np.uint32), 16)
+def masked_crc(content: bytes) -> int:
+    """Return the masked checksum of some bytes."""
+    crc = _WORD
+    for byte in content:
+        crc = TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= _WORD
+    return ((crc >> 15 | crc << 17) + DELTA) & _WORD

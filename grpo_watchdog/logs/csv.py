@@ -58,7 +58,7 @@ def _records(source: Source, layout: Layout, names: list[str]) -> Iterator[tuple
             ragged += 1
             first = first or count
         record = _record(layout, names, cells)
-        if record and list(record.values()) != names:  # else a heading that comes again
+        if any(isinstance(value, float) for value in record.values()):  # else text, or the heading again
             yield f"line {count}", record
     if ragged:
         source.say(f"lines with more or fewer cells than the heading: {ragged}; the first is line {first}")

@@ -9,6 +9,7 @@ from grpo_watchdog.logs.numbers import number
 
 DEEPEST = 32  # levels of nesting; what lies deeper is left out
 MOST_KEYS = 20_000  # of one record; beyond that it is no row of metrics
+MOST_SUMMED = 1 << 20  # numbers in one list; a longer one is left out
 LISTS = "lists of numbers are read as key/mean, key/std, key/min and key/max"
 
 
@@ -41,6 +42,8 @@ def _into(values: dict[str, float], prefix: str, record: Mapping[str, object], d
 
 def _summed(values: dict[str, float], key: str, given: list[object] | tuple[object, ...]) -> bool:
     """Put mean, standard deviation, minimum and maximum of a list of numbers; one number is that number."""
+    if len(given) > MOST_SUMMED:
+        return False
     numbers = [found for value in given if (found := number(value)) is not None]
     if not numbers or len(numbers) < len(given):
         return False

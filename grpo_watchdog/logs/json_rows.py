@@ -51,11 +51,10 @@ def rows(source: Source) -> Iterator[Row]:
             loose.append(document)  # one row: there are more of them behind it
         for table in found:
             yield from _rows(table, source)
-    yield from _rows(Table("", [record for record in loose if isinstance(record, dict)]), source)
+    yield from _rows(Table((), [record for record in loose if isinstance(record, dict)]), source)
 
 
 def _rows(table: Table, source: Source) -> Iterator[Row]:
-    run = table.name.rpartition("/")[2] or table.name
     records = table.records
     if len(records) >= MOST_ROWS:
         source.say(
@@ -63,5 +62,5 @@ def _rows(table: Table, source: Source) -> Iterator[Row]:
         )
         records = records[:MOST_ROWS]
     if records and all(key in records[0] for key in _TRANSFORMERS):
-        return rows_of(measured(records, source), source, run)
-    return rows_of(((f"row {count}", record) for count, record in enumerate(records, 1)), source, run)
+        return rows_of(measured(records, source), source, table.run)
+    return rows_of(((f"row {count}", record) for count, record in enumerate(records, 1)), source, table.run)

@@ -23,7 +23,7 @@ def recognises(source: Source) -> bool:
     if len(source.head) >= HEAD and len(lines) > 1:
         lines.pop()  # cut
     lines = lines[:_LOOKED_AT]
-    return sum(_object(line) is not None for line in lines) * 2 > len(lines)
+    return sum(_object(line) is not None for line in lines) * 2 >= len(lines)
 
 
 def rows(source: Source) -> Iterator[Row]:

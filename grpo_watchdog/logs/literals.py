@@ -9,9 +9,8 @@ from typing import NamedTuple
 from grpo_watchdog.logs.numbers import text_number
 
 _TOKEN = re.compile(
-    r"""\s*(?:(?P<mark>[{}\[\](),:])|'(?P<one>[^'\\]*(?:\\.[^'\\]*)*)'|"(?P<two>[^"\\]*(?:\\.[^"\\]*)*)\""""
-    r"""|(?P<bare>[^\s{}\[\](),:'"]+))""",
-    re.DOTALL,
+    r"""\s*(?:(?P<mark>[{}\[\](),:])|'(?P<one>[^'\\\n]*(?:\\.[^'\\\n]*)*)'|"(?P<two>[^"\\\n]*(?:\\.[^"\\\n]*)*)\""""
+    r"""|(?P<bare>[^\s{}\[\](),:'"]+))"""
 )
 _BEGINS = re.compile(r"\{(?=\s*(?:['\"}]|$))")
 _DEEPEST = 16
@@ -93,8 +92,7 @@ class _Scanner:
         """Return the kind of the next token and its text, and go behind it."""
         token = _TOKEN.match(self.text, self.at)
         if token is None:
-            rest = self.text[self.at : self.at + 200].strip()
-            raise _Broken if rest and rest[0] not in "'\"" else _Ends
+            raise _Broken if self.text[self.at :].strip() else _Ends
         self.at = token.end()
         kind = token.lastgroup or ""
         return ("text" if kind in ("one", "two") else kind), token[kind]

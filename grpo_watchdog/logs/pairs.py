@@ -15,8 +15,10 @@ _TIME = re.compile(
     r"|(?<!\d)\d\d/\d\d/\d{4}(?!\d)|\[?(?<![\d:])\d\d:\d\d:\d\d(?:[.,]\d+)?(?![\d:])\]?"
 )
 _LEVEL = re.compile(r"\[?\b(?:(?:DEBUG|INFO|WARNING|SUCCESS|NOTICE)\b|[Rr]ank[ _:=]?\d+)\]?\s*:?")
-_WRAPPED = r"(?:np|numpy|torch)?\.?\b(?:u?int\d*|float\d*|tensor|array)\([^()]{1,80}\)"
-_VALUE = rf"(?:{_WRAPPED}|{NUMBER})"
+_WRAPPED = re.compile(
+    rf"(?:\b(?:np|numpy|torch)\.)?\b(?:u?int\d*|float\d*|bfloat16|tensor|array)\(\[?({NUMBER})\]?(?:,[^()]{{0,80}})?\)"
+)
+_PLACE = re.compile(r"\b[\w./-]{1,80}\.py:\d+(?::\w+)?")
 _UNIT = r"(?:\s?(?:tokens?(?:/\w+)?|toks?|nats|samples?)\b)?"
 
 _STEP = re.compile(
@@ -36,7 +38,7 @@ _EPOCH = re.compile(
 )
 
 _CUT = re.compile(r"[|,;\t│┃║]|\s-\s|\s{2,}|\s[•·–—]\s")
-_PAIR = re.compile(rf"\s{{0,4}}(?::|=|->|→)\s{{0,8}}({_VALUE}){_UNIT}(?=$|[\s)\]}}])")
+_PAIR = re.compile(rf"\s{{0,4}}(?::|=|->|→)\s{{0,8}}({NUMBER}){_UNIT}(?=$|[\s)\]}}])")
 _TRAILS = re.compile(r"(?:tokens?|toks?|nats|samples?)(?:/\w+)?")
 _MOST_WORDS_APART = 3
 _OTHER_RANK = re.compile(r"\s*\[rank[1-9]\d*\]:")  # says what the first one says
@@ -45,7 +47,7 @@ _EDGES = re.compile(r"^[\W\d_]+|[\s\"'`*]+$")
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)")
 _MOST_WORDS = 6
 _VERL = re.compile(r"\bstep:(\d{1,15}) - ")
-_VERL_PAIR = re.compile(rf"(.{{1,200}}?)\s?:\s?({_VALUE})")
+_VERL_PAIR = re.compile(rf"(.{{1,200}}?)\s?:\s?({NUMBER})")
 _BAR = re.compile(
     r"(\d{1,15})/(\d{1,15}|\?)\s\[[^\[\]]{0,40}?(?:it|s|\w{1,12})/(?:it|s|\w{1,12})(?:, ([^\[\]]{1,4000}))?\]"
 )
@@ -100,6 +102,10 @@ def pairs_in(line: str) -> Line | None:
             return None if _EVALUATION.search(before) else Line("bar", step, 0, None, values)
         line = _BAR_BEGINS.sub(" ", line[: bar.start()]) + " " + line[bar.end() :]
     line = _LEVEL.sub(" ", _TIME.sub(" ", line.replace("−", "-")))
+    if ".py:" in line:
+        line = _PLACE.sub(" ", line)
+    if "(" in line:
+        line = _WRAPPED.sub(r"\1", line)
     if "," in line:
         line = _THOUSANDS.sub(lambda found: found[1].replace(",", ""), line)
     if _EVALUATION.search(line):

@@ -1,8 +1,8 @@
 """Scalar events: the scalars in the events of TensorBoard.
 
-The event of one scalar is the same bytes every time, but for its time, its step and its value. What protobuf has made of
-such an event once is kept as a layout: the bytes around the value. Any event with these bytes in these places would be
-taken apart in the same way, since both time and value have a width that is fixed; so it is looked up instead.
+The event of one scalar is the same bytes every time, but for its time, its step and its value. What protobuf has made
+of such an event once is kept as a layout: the bytes around the value. Any event with these bytes in these places would
+be taken apart in the same way, since both time and value have a width that is fixed; so it is looked up instead.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from typing import Any
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # it ships no types
 from tensorboard.compat.proto.event_pb2 import Event
 
 Scalar = tuple[int, str, float]
-Spans = Iterable[tuple[int, int]]
+Part = tuple[int, dict[str, float]]
+Span = tuple[int, int, float]  # where an event begins and ends, and its last four bytes as a number
 
 _TIME, _STEP = 0x09, 0x10  # the bytes in front of both, as protobuf has them
-_AT = 10  # where the step begins, behind the time
-_SHORTEST = 20  # bytes; no event of a scalar is shorter
-_WIDEST_STEP = 28  # bits that the look-up reads; a step that has more goes through protobuf
+_BEHIND = 9  # bytes: the time and what is in front of it
+_MORE = 0x80  # the bit that says that the number goes on
+_WIDEST = 5  # bytes of a step that is looked up; a longer one goes through protobuf
 _FLOAT, _DOUBLE = struct.Struct("<f"), struct.Struct("<d")
 _PROBES = (1.5, -2.25)
-_MOST_PLACES = 16  # at which a value may seem to stand
+_MOST_PLACES = 16  # at which a value may stand
+_LONGEST_LEARNED = 2048  # bytes of an event
 _MOST_LAYOUTS = 20_000
 _MOST_FAILURES = 1000  # to learn; then no more is tried
 _LONGEST_TAG = 1000  # characters
@@ -47,38 +49,49 @@ class ScalarEvents:
     def __init__(self, wanted: Callable[[str], bool], damaged: Callable[[int], None]) -> None:
         self._wanted, self._damaged = wanted, damaged
         self._tags: dict[bytes, str] = {}  # of layouts that end with a float; "" where it is not wanted
-        self._around: dict[tuple[int, int], list[tuple[int, struct.Struct, str]]] = {}
         self._inner: dict[tuple[int, bytes, bytes], tuple[struct.Struct, str]] = {}
         self._places: dict[int, list[tuple[int, int]]] = {}  # by length: where a value within begins and ends
         self._failures = 0
 
-    def read(self, buffer: bytes, spans: Spans) -> Iterator[Scalar]:
-        """Yield the scalars of the events that lie at these spans, in their order."""
-        tags, float_at = self._tags, _FLOAT.unpack_from
-        for start, end in spans:
-            at, step = start + _AT, 0
-            if end - start >= _SHORTEST and buffer[start] == _TIME:
-                if buffer[at - 1] == _STEP:
-                    byte, bits = buffer[at], 7
-                    step = byte & 0x7F
-                    while byte > 0x7F and bits <= _WIDEST_STEP:  # noqa: PLR2004 - the bit that says: and more
-                        at += 1
-                        byte = buffer[at]
-                        step |= (byte & 0x7F) << bits
-                        bits += 7
-                    at += 1
-                else:
-                    at -= 1
-                tag = tags.get(buffer[at : end - 4])
-                if tag is not None:
-                    if tag:
-                        yield step, tag, float_at(buffer, end - 4)[0]
-                    continue
-            yield from self._other(buffer[start:end], step, at - start, start)
+    def read(self, buffer: bytes, spans: Iterable[Span]) -> Iterator[Part]:  # noqa: C901 - runs once for each scalar
+        """Yield the scalars of events, those of one step that stand together as one part."""
+        known, begins_with = self._tags.get, buffer.startswith
+        now, part = 0, dict[str, float]()
+        same: bytes | tuple[()] = ()  # what the step looks like that is now; () is like nothing
+        width = 0
+        for start, end, number in spans:
+            at = start + _BEHIND
+            if begins_with(same, at):
+                at += width
+            else:
+                step, width = _step(buffer, at)
+                same = buffer[at : at + (width or 1)] if width or buffer[at] != _STEP else ()
+                at += width
+                if step != now:
+                    if part:
+                        yield now, part
+                    now, part = step, {}
+            tag = known(buffer[at : end - 4]) if buffer[start] == _TIME else None
+            if tag is None:
+                for step, name, value in self._other(buffer[start:end], now, at - start, start):
+                    if step != now or name in part:
+                        if part:
+                            yield now, part
+                        same = same if step == now else ()
+                        now, part = step, {}
+                    part[name] = value
+            elif tag:
+                if tag in part:
+                    yield now, part
+                    part = {}
+                part[tag] = number
+        if part:
+            yield now, part
 
     def _other(self, event: bytes, step: int, at: int, start: int) -> Iterator[Scalar]:
         """Yield the scalars of an event that does not end with its value, or is new."""
-        for first, last in self._places.get(len(event) - at, ()):
+        places = self._places.get(len(event) - at, ()) if event[0] == _TIME else ()
+        for first, last in places:
             known = self._inner.get((first, event[at : at + first], event[at + last :]))
             if known is not None:
                 if known[1]:
@@ -92,14 +105,15 @@ class ScalarEvents:
         values = parsed.summary.value
         for value in values:
             number = _number(value)
-            if number is not None and len(value.tag) <= _LONGEST_TAG and self._wanted(value.tag):
+            if number is not None and 0 < len(value.tag) <= _LONGEST_TAG and self._wanted(value.tag):
                 yield parsed.step, value.tag, number
-        if len(values) == 1 and len(self._tags) + len(self._inner) < _MOST_LAYOUTS and parsed.step == step:
+        if len(values) == 1 and parsed.step == step and event[0] == _TIME and len(event) <= _LONGEST_LEARNED:
             self._learn(event[at:], values[0])
 
     def _learn(self, tail: bytes, value: Any) -> None:  # noqa: ANN401 - a message of protobuf
         number = _number(value)
-        if number is None or len(value.tag) > _LONGEST_TAG or self._failures > _MOST_FAILURES:
+        full = len(self._tags) + len(self._inner) >= _MOST_LAYOUTS or self._failures >= _MOST_FAILURES
+        if number is None or len(value.tag) > _LONGEST_TAG or full:
             return
         tag = value.tag if self._wanted(value.tag) else ""
         for kind in (_FLOAT, _DOUBLE):
@@ -112,10 +126,22 @@ class ScalarEvents:
                     return
                 self._inner[first, tail[:first], tail[last:]] = kind, tag
                 places = self._places.setdefault(len(tail), [])
-                if (first, last) not in places:
+                if (first, last) not in places and len(places) < _MOST_PLACES:
                     places.append((first, last))
                 return
         self._failures += 1
+
+
+def _step(buffer: bytes, at: int) -> tuple[int, int]:
+    """Return the step that stands at a place and its width; none is 0, and so is one that is too wide."""
+    if buffer[at] != _STEP:
+        return 0, 0
+    step = 0
+    for place, byte in enumerate(buffer[at + 1 : at + 1 + _WIDEST]):
+        step |= (byte & ~_MORE) << (7 * place)
+        if byte < _MORE:
+            return step, place + 2
+    return 0, 0
 
 
 def _candidates(tail: bytes, number: float, kind: struct.Struct) -> list[int]:

@@ -15,7 +15,7 @@ from grpo_watchdog.errors import LogError
 HEAD = 1 << 16  # bytes that a reader may look at to recognise its format
 LONGEST_LINE = 1 << 24  # bytes; what is longer is cut, and said
 MOST = 1 << 36  # bytes after decompression; a bomb ends there
-MOST_FROM_ONE = 1 << 10  # bytes that one compressed byte may become, beyond the first `_FREE` of a file
+MOST_FROM_ONE = 200  # bytes that one compressed byte may become, beyond the first `_FREE`; logs come to 5 to 30
 _FREE = 1 << 28
 _MOST_SAID = 50
 _GZIP = b"\x1f\x8b"
@@ -43,12 +43,19 @@ class Source:
             raw: BinaryIO = sys.stdin.buffer if self.path == "-" else Path(self.path).open("rb")  # noqa: SIM115
         except OSError as error:
             raise LogError(f"{self.name}: {error.strerror}") from error
-        self._raw = io.BufferedReader(_Counted(raw, self._count))  # type: ignore[arg-type]
+        self._raw = io.BufferedReader(_Counted(raw, self._count))
         self._read = 0
-        self.compressed = self._raw.peek(2)[:2] == _GZIP
-        opened = gzip.GzipFile(fileobj=self._raw) if self.compressed else self._raw
-        self.stream = io.BufferedReader(_Guarded(opened, self), HEAD)  # type: ignore[arg-type]
-        self.head: bytes = self.stream.peek(HEAD)[:HEAD]
+        try:
+            self.compressed = self._raw.peek(2)[:2] == _GZIP
+            opened = gzip.GzipFile(fileobj=self._raw) if self.compressed else self._raw
+            self.stream = io.BufferedReader(_Guarded(opened, self), HEAD)  # type: ignore[arg-type]
+            self.head: bytes = self.stream.peek(HEAD)[:HEAD]
+        except OSError as error:
+            self.close()
+            raise LogError(f"{self.name}: cannot be read: {error.strerror or error}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield (number, text) of every line, the first being 1; undecodable bytes are replaced, and said once."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
 from grpo_watchdog.logs.numbers import number
+from grpo_watchdog.logs.records import STEPS
 
 _DEEPEST = 32
 _MOST_LOOKED_AT = 100_000  # objects in one document
@@ -24,12 +26,14 @@ class Table(NamedTuple):
     """Rows in a document.
 
     Attributes:
-        name: the keys that lead to it.
+        path: the keys that lead to it.
         records: its rows.
+        run: which of several runs it is; "" where there is one.
     """
 
-    name: str
+    path: tuple[str, ...]
     records: list[Record]
+    run: str = ""
 
     @property
     def keys(self) -> set[str]:
@@ -45,44 +49,43 @@ def tables(document: object, name: str) -> list[Table]:
         name: what a list of bare numbers is called.
     """
     found = [table for table in _found(document, name) if table.records]
-    training = [table for table in found if not _EVALUATION.search(table.name)] or found
+    training = [table for table in found if not any(map(_EVALUATION.search, table.path))] or found
     if not training:
         return []
-    best = max(training, key=lambda table: len(table.records))
-    parent = best.name.rpartition("/")[0]
-    beside = [table for table in training if table.name.rpartition("/")[0] == parent and _alike(table, best)]
-    return beside if len(beside) > 1 else [best._replace(name="")]
+    best = max(training, key=lambda table: (len(table.keys) > 1, len(table.records)))
+    for at in range(len(best.path)):
+        beside = [table for table in training if _alike(table, best, at)]
+        if len(beside) > 1:
+            return [table._replace(run=table.path[at]) for table in beside]
+    return [best]
 
 
-def _alike(one: Table, other: Table) -> bool:
+def _alike(one: Table, other: Table, at: int) -> bool:
+    """Return whether two tables stand at places that differ in one key only, and measure alike."""
+    if len(one.path) != len(other.path) or one.path[:at] + one.path[at + 1 :] != other.path[:at] + other.path[at + 1 :]:
+        return False
     keys, others = one.keys, other.keys
     return len(one.records) > 1 and len(keys & others) >= _ALIKE * len(keys | others)
 
 
 def _found(document: object, name: str) -> Iterator[Table]:
-    waiting: list[tuple[str, object, int]] = [("", document, 0)]
-    for looked_at, (path, value, depth) in enumerate(_growing(waiting)):
-        if looked_at > _MOST_LOOKED_AT:
-            return
-        records = _records(value, path.rpartition("/")[2] or name)
+    waiting = deque[tuple[tuple[str, ...], object]]([((), document)])
+    looked_at = 0
+    while waiting and looked_at < _MOST_LOOKED_AT:
+        looked_at += 1
+        path, value = waiting.popleft()
+        records = _records(value, path[-1] if path else name)
         if records is not None:
             yield Table(path, records)
-        elif isinstance(value, dict) and depth < _DEEPEST:
-            waiting.extend((f"{path}/{key}".lstrip("/"), inner, depth + 1) for key, inner in value.items())
-        elif isinstance(value, list) and depth == 0:
-            waiting.extend((_called(inner, count), inner, 1) for count, inner in enumerate(value[:1000], 1))
-
-
-def _growing(waiting: list[tuple[str, object, int]]) -> Iterator[tuple[str, object, int]]:
-    at = 0
-    while at < len(waiting):
-        yield waiting[at]
-        at += 1
+        elif isinstance(value, dict) and len(path) < _DEEPEST:
+            waiting.extend(((*path, str(key)), inner) for key, inner in islice(value.items(), _MOST_LOOKED_AT))
+        elif isinstance(value, list) and not path:
+            waiting.extend(((_called(inner, count),), inner) for count, inner in enumerate(value[:1000], 1))
 
 
 def _called(value: object, count: int) -> str:
     names = [value.get(key) for key in ("run", "run_name", "name", "id")] if isinstance(value, dict) else []
-    return next((name for name in names if isinstance(name, str) and name), str(count)).replace("/", "_")
+    return next((name for name in names if isinstance(name, str) and name), str(count))
 
 
 def _records(value: object, name: str) -> list[Record] | None:
@@ -134,7 +137,8 @@ def _columnar(value: Mapping[str, object]) -> list[Record] | None:
     lengths = [len(column) for column in columns.values()]
     if not lengths or max(lengths) < _PAIR:
         return None
-    if sum(not isinstance(inner, list) and number(inner) is not None for inner in value.values()) > len(columns):
+    scalars = [key for key, inner in value.items() if not isinstance(inner, list) and number(inner) is not None]
+    if len(scalars) > len(columns) or any(key in STEPS for key in scalars):
         return None  # a row that holds some lists
     length = max(set(lengths), key=lambda size: (lengths.count(size) * (size > 1), size))
     whole = {key: column for key, column in columns.items() if len(column) == length}

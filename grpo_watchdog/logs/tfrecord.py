@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import unpack_from
-from typing import TYPE_CHECKING
 
 from grpo_watchdog.logs.crc32c import masked
 from grpo_watchdog.logs.source import Source
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _CHUNK = 8 << 20
 _LARGE = 1 << 14  # bytes: no scalar takes so many, and what is not read is not checked

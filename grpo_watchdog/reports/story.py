@@ -53,7 +53,7 @@ def next_settings(run: Run) -> dict[str, float]:
 
 
 def next_starts(run: Run) -> dict[str, float]:
-    """Return what the next run should begin with by the likeliest causes, from what this one had: knob name to value."""
+    """Return what the next run should begin with, by the likeliest causes and what this one had: knob to value."""
     starts: dict[str, float] = {}
     for story in run.incidents:
         for cause in _likeliest(story):
