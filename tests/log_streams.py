@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_watchdog.diagnose import diagnose
+from grpo_watchdog.diagnosed import diagnose
 from grpo_watchdog.recorded import Recorded
 from grpo_watchdog.rulebook import Rulebook, load
 

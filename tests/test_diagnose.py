@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_watchdog.cli import main
-from grpo_watchdog.diagnose import as_json, as_markdown, as_text, diagnose
+from grpo_watchdog.diagnosed import as_json, as_markdown, as_text, diagnose
 from grpo_watchdog.errors import LogError, RulebookError
 from grpo_watchdog.recorded import Recorded
 from log_streams import GUARDED, NAN, Rows, Task, at, changed, diagnosed, learning, write

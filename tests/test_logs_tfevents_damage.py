@@ -17,7 +17,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 from event_files import VERSION, file_of, framed, read, read_or_none, rows_in, scalar
 from grpo_watchdog.logs.checksums import masked
-from grpo_watchdog.logs.crc32c import masked_crc
+from grpo_watchdog.logs.short_checksum import masked_crc
 
 
 @given(st.lists(st.binary(min_size=4, max_size=300), min_size=1, max_size=20), st.binary(max_size=20))

@@ -118,7 +118,8 @@ def in_float64(batches: list[dict[str, Any]], trainer: Any) -> dict[str, float]:
         k, n = np.array(behind), len(sums)
         found |= {
             "mean_log_prob_ref": np.mean(ref_sums), "kl_k1": -k.mean(), "kl_k2": (k**2 / 2).mean(),
-            "kl": (k3 := (np.exp(k) - k - 1).mean()), "token_kl": k3, "kl_penalty": -k.sum() / n, "sequence_kl_k2": (k**2 / 2).sum() / n,
+            "kl": (k3 := (np.exp(k) - k - 1).mean()), "token_kl": k3,
+            "kl_penalty": -k.sum() / n, "sequence_kl_k2": (k**2 / 2).sum() / n,
             "sequence_kl": (np.exp(k) - k - 1).sum() / n,
         }  # fmt: skip
     return {name: float(value) for name, value in found.items()}

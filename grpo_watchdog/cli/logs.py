@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo_watchdog.backtest import as_json, as_text, backtest, read_labels
-from grpo_watchdog.diagnose import FORMATS, diagnose
+from grpo_watchdog.diagnosed import FORMATS, diagnose
 from grpo_watchdog.errors import WatchdogError
 from grpo_watchdog.names import FAMILIES
 from grpo_watchdog.reports import LANGUAGES

@@ -234,7 +234,8 @@ class DriftDetector:
         c = (c + 1.0) * three[rank] * count / all_three[count]
         d = (d + 1.0) * four[rank] * count / all_four[count]
         wealth[:] = a, b, c, d
-        return (a + b + c + d) / 4
+        mean: float = (a + b + c + d) / 4
+        return mean
 
     def _learn(self, value: float, residual: float, expected: float, spread: float) -> None:
         """Take the newest observation into the baseline; an outlier pulls it only so far."""

@@ -81,6 +81,7 @@ class IdentityDetector:
         )  # a look at a pydantic model costs several at a plain attribute
         self._least, self._sigmas, self._share = rule.least, rule.sigmas, rule.share
         self._out = 0
+        self._nap: _Nap | None = None
         self._begin()
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
@@ -122,7 +123,7 @@ class IdentityDetector:
         self._rest = {name: History(self._window) for name in _KL}
         self._size = {name: History(self._window) for name in _KL}
         self._out = 0
-        self._nap: _Nap | None = None
+        self._nap = None
         self._later: list[tuple[float, float]] = []  # rest and size that are still to be learned
 
     def _lie_down(self, name: str) -> _Nap | None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from grpo_watchdog.logs.crc32c import DELTA, TABLE
+from grpo_watchdog.logs.short_checksum import DELTA, TABLE
 
 Words = NDArray[np.uint32]
 Places = NDArray[np.int64]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-from grpo_watchdog.logs.crc32c import masked_crc
 from grpo_watchdog.logs.regroup import Part, by_step
 from grpo_watchdog.logs.row import Row
+from grpo_watchdog.logs.short_checksum import masked_crc
 from grpo_watchdog.logs.source import Source
 
 Span = tuple[int, int, float]
