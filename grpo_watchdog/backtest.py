@@ -94,7 +94,8 @@ def _label(path: Path, line: int, row: Mapping[str, str]) -> Label:
     except ValueError as error:
         raise ConfigurationError(f"{path}:{line}: {error}; steps are numbers, or empty") from error
     if math.isnan(trouble) or math.isnan(by) or per_row < 1:
-        raise ConfigurationError(f"{path}:{line}: steps are numbers, or empty, and steps_per_row is above 0")
+        given = f"trouble_step {trouble}, must_by {by}, steps_per_row {per_row}"
+        raise ConfigurationError(f"{path}:{line}: {given}; steps are numbers, or empty, and a row is 1 step or more")
     return Label(row["severity"], trouble, by, per_row)
 
 

@@ -26,7 +26,7 @@ LABELS = read_labels(RUNS / "labels.csv")
 FILES = [line["file"] for line in LINES]
 
 MOST_BYTES_OF_A_FILE, MOST_BYTES = 60_000, 1_000_000
-CRITICAL_CAUGHT, WARNED = 13 / 17, 2 / 3
+CRITICAL_CAUGHT, WARNED = 14 / 17, 2 / 3
 
 # What the guarded rulebook gets wrong about sick runs, and why. One that comes right is taken out; none comes in.
 WRONG = {

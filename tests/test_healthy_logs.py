@@ -147,7 +147,7 @@ TRAPS = [
     Trap(ordinary, {"reward_crash": {"bands": [{"left": 0.9, "severity": "warning"}], **NO_NOISE}}),
     Trap(on_policy, {"zero_advantage": {"severity": "warning"}}),
     Trap(loss_of_zero, {"loss": {"low": 1.0e-9, "severity": "warning"}}),
-    Trap(surer, {"mode_collapse": {"metrics": ["entropy"], "contradicted_by": []}}),
+    Trap(surer, {"mode_collapse": {"metrics": ["entropy"], "contradicted_by": [], "alone": "warning"}}),
     Trap(shorter, {"length_shrunk": {"contradicted_by": []}}),
     Trap(longer, {"truncated": {"contradicted_by": []}}),
     Trap(solved, {"no_signal": {"contradicted_by": []}}),

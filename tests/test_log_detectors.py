@@ -184,7 +184,7 @@ def test_a_crash_goes_on_where_its_state_was_kept_even_amid_a_stretch() -> None:
 
 def test_nothing_is_said_before_there_is_a_level_or_of_no_number() -> None:
     assert not any(crash([0.9, 0.9, 0.9, 0.0, 0.0, 0.0]))
-    assert crash([0.9, 0.85, 0.9, 0.0, 0.0, 0.0], settle=3)[-1] == 2
+    assert crash([0.9, 0.85, 0.9, 0.0, 0.0, 0.0], settle=3, chance=0.2)[-1] == 2
     assert crash([NAN, INF, *HIGH])[:2] == [None, None]
     assert crash([*HIGH, 0.0, NAN, 0.0, INF, 0.0])[-1] == 2  # what is no number neither heals nor harms
 
