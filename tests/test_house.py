@@ -20,6 +20,7 @@ NOBODYS = {"base", "common", "core", "helpers", "manager", "utils"}  # names tha
 MAX_LINES_OF_A_FILE = 300
 MAX_LINES_OF_A_FUNCTION = 60
 MAX_IMPORT_SECONDS = 0.5
+MOST_TIMES_THE_LIBRARY = 8  # what asyncio and the like take says how slow, or busy, the machine is
 
 IMPORT = f"""
 import json, sys, time
@@ -64,7 +65,13 @@ def test_the_import_is_light() -> None:
     print(f"import grpo_watchdog: {best:.3f} s, the best of {len(runs)}")
 
     assert [heavy for _, heavy in runs] == [[]] * len(runs)
-    assert best < MAX_IMPORT_SECONDS
+    library = (
+        "import time; t = time.perf_counter(); import json, logging, typing, asyncio; print(time.perf_counter() - t)"
+    )
+    command = [sys.executable, "-c", library]
+    bare = min(float(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(3))
+    print(f"some of the standard library: {bare:.3f} s")
+    assert best < max(MAX_IMPORT_SECONDS, MOST_TIMES_THE_LIBRARY * bare)  # a machine may be busy, or slow
 
 
 def test_the_public_names_are_sorted() -> None:
