@@ -13,6 +13,7 @@ to that row only. Then, for the guarded rulebook:
 - each rule: where it fires in time, and which runs are right, or wrong, only because of it;
 - leave-one-family-out: each family is scored without the rules of rules/diagnosis.yaml that fire in time in no other
   family; and with one scale for all thresholds there that was chosen on the other families;
+- the same runs logged otherwise: fewer rows, rewards on another scale, metrics that are not there;
 - each threshold of rules/diagnosis.yaml moved by itself;
 - the runs that it has wrong.
 
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from recorded_parts import tables  # type: ignore[import-not-found] # found beside this script
+from recorded_parts.otherwise import OTHERWISE  # type: ignore[import-not-found]
 from recorded_parts.packages import PACKAGES  # type: ignore[import-not-found]
 from recorded_parts.study import Measured, read_runs, recall, study  # type: ignore[import-not-found]
 from recorded_parts.variants import (  # type: ignore[import-not-found]
@@ -144,6 +146,14 @@ def left_out(measured: Measured, rules: dict[str, Any], folder: Path, jobs: int)
     }
 
 
+def by_logging(measured: Measured) -> dict[str, Any]:
+    """Return the figures where the same runs are logged otherwise."""
+    return {
+        name: tables.figures(measured.runs, {n: study.otherwise.get(name) for n, study in measured.studies.items()})
+        for name in OTHERWISE
+    }
+
+
 def by_threshold(measured: Measured) -> dict[str, Any]:
     """Return what each threshold changes when it alone is moved."""
     guarded, plain = book("guarded"), measured.calls("guarded")
@@ -178,6 +188,7 @@ def measure(folder: Path, jobs: int, *, quick: bool) -> dict[str, Any]:
     if not quick:
         rules = by_rule(measured)
         whole |= {"families": by_family(measured), "rules": rules, "thresholds": by_threshold(measured),
+                  "otherwise": by_logging(measured),
                   "left_out": left_out(measured, rules, folder, jobs)}  # fmt: skip
     return whole
 
@@ -202,7 +213,8 @@ def main() -> None:
         return
     tables.print_books(whole)
     if not options.quick:
-        for table in (tables.print_families, tables.print_rules, tables.print_left_out, tables.print_thresholds):
+        for table in (tables.print_families, tables.print_rules, tables.print_left_out, tables.print_otherwise,
+                      tables.print_thresholds):  # fmt: skip
             table(whole)
     tables.print_wrong(whole)
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo_watchdog.errors import LogError
+from grpo_watchdog.logs.pairs import pairs_in
 from log_files import read, same
 
 NAN, INF = math.nan, math.inf
@@ -260,3 +261,36 @@ def test_no_line_takes_long(tmp_path: Path, unit: str) -> None:
     except LogError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either it is read or it says this
     assert time.process_time() - begun < 20
+
+
+PARTS = st.sampled_from([
+    "Step ", "loss", ":", "=", " ", " 1", "23", "0.5", "1e-3", "/", "[", "]", "2026-01-02", " 03:04:05", "rank 3",
+    "eval ", ", ", "|", "INFO", "a.py:12", "1,234", "epoch ", "worker", "nan", "(", ")", "np.float64(2.5)", "it/s",
+    "%", "reward", "-", ".",
+])  # fmt: skip
+
+
+@given(st.lists(PARTS, max_size=12))
+def test_whether_a_line_tells_anything_does_not_depend_on_its_digits(parts: list[str]) -> None:
+    line = "".join(parts)
+    told, zeros = pairs_in(line), pairs_in(line.translate(str.maketrans("123456789", "0" * 9)))
+    assert (told is None) == (zeros is None)
+    assert told is None or zeros is None or (told.style, told.step is None) == (zeros.style, zeros.step is None)
+
+
+def test_a_text_that_never_tells_anything_is_left_in_the_end(tmp_path: Path) -> None:
+    begun = time.process_time()
+    with pytest.raises(LogError, match="no row of numbers"):
+        read(
+            tmp_path,
+            "loading shard 3 of 8\n" * 500_001 + "Step 1: loss=0.5 reward=0.1\nStep 2: loss=0.5 reward=0.1\n",
+        )
+    assert time.process_time() - begun < 20
+
+
+def test_noise_before_the_first_row_and_more_of_it_behind_is_no_end(tmp_path: Path) -> None:
+    noise = "loading shard 3 of 8\n"
+    got = read(
+        tmp_path, noise * 20_000 + "Step 1: loss=0.5 reward=0.1\n" + noise * 500_001 + "Step 2: loss=0.5 reward=0.1\n"
+    )
+    assert got.steps == [1, 2]

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -438,3 +439,18 @@ def test_the_recorded_runs_are_read_whole() -> None:
         for name, (rows, numbers) in counts.items():
             got = read(Path(place), (folder / name).read_bytes(), name)
             assert (len(got.rows), sum(map(len, got.values))) == (rows, numbers), name
+
+
+def test_a_table_that_ends_in_text_without_end(tmp_path: Path) -> None:
+    begun = time.process_time()
+    got = read(tmp_path, "step,loss\n1,0.5\n2,0.25\n" + '"' + "a\n" * 600_000, "x.csv")
+    assert got.steps == [1, 2]
+    assert any("the rest is left out" in notice for notice in got.notices)
+    assert time.process_time() - begun < 20
+
+
+def test_a_list_of_numbers_that_is_longer_than_any_run(tmp_path: Path) -> None:
+    begun = time.process_time()
+    with pytest.raises(LogError, match="no row of numbers"):
+        read(tmp_path, '{"step": 1, "loss": [' + "1.5," * 2_000_000 + "1]}", "x.json")
+    assert time.process_time() - begun < 10

@@ -129,10 +129,12 @@ def test_every_table_is_printed_and_what_hangs_on_one_family_is_told(
     assert sum(found["chosen"] for found in whole["left_out"]["scales"].values()) == whole["left_out"]["families"] == 3
     assert whole["families"]["b"]["alone"]["crit_recall"] == 1.0
     assert whole["families"]["b"]["others"]["crit_recall"] == 0.5
-    for table in ("books", "families", "rules", "left_out", "thresholds", "wrong"):
+    assert whole["otherwise"]["rewards times 10"] == whole["left_out"]["plain"]
+    assert whole["otherwise"]["no KL"]["crit_recall"] < whole["left_out"]["plain"]["crit_recall"]  # b dies of it
+    for table in ("books", "families", "rules", "left_out", "otherwise", "thresholds", "wrong"):
         getattr(tables, f"print_{table}")(whole)
     printed = capsys.readouterr().out
-    assert printed.count("\n## ") == 5
+    assert printed.count("\n## ") == 6
     widths = [[line.count("|") for line in block.splitlines() if line[:1] == "|"] for block in printed.split("\n\n")]
     assert all(len(set(width)) <= 1 for width in widths)  # every row of a table has the columns of its head
 

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo_watchdog as gw
+from grpo_watchdog.detectors.detector import CALM
 from grpo_watchdog.detectors.history import History
+from grpo_watchdog.detectors.sleep import NAP
 from grpo_watchdog.findings import Findings
 from grpo_watchdog.metrics import METRICS, Intake, Step
 from grpo_watchdog.watch import Watch
@@ -152,6 +154,45 @@ def test_values_added_together_are_values_added_one_by_one(first: list[float], s
     if len(together):
         assert together.median() == one_by_one.median()
         assert together.deviation() == one_by_one.deviation()
+
+
+SLEEPERS = sorted(name for name, rule in GUARDED.rules.items() if Watch(name, rule).sleeper is not None)
+
+
+@pytest.mark.parametrize("name", SLEEPERS)
+@settings(max_examples=12)
+@given(
+    rng=st.randoms(use_true_random=False),
+    level=st.sampled_from([-1.0, 0.0, 0.3, 5.0]),
+    noise=st.sampled_from([0.0, 0.1, 1.0]),
+)
+def test_nothing_comes_of_values_within_the_intervals_of_a_sleeper(
+    name: str, rng: random.Random, level: float, noise: float
+) -> None:
+    """The contract of detectors/sleep.py, with values at the very ends of what it allows."""
+    looks, slept = Watch(name, GUARDED.rules[name]), Watch(name, GUARDED.rules[name])
+    assert looks.sleeper is not None
+    assert slept.sleeper is not None
+    given = [*looks.detector.needs, "std_reward"]
+    for _ in range(12):
+        for _ in range(rng.randrange(1, 12)):
+            row = {metric: level + noise * rng.gauss(0, 1) for metric in given}
+            looks.detector.read(row, firing=False)
+        slept.detector.load_state_dict(json.loads(as_text(looks.detector.state_dict())))
+        intervals = looks.sleeper.sleep()
+        if intervals is None or any(low > high for low, high in intervals):
+            continue  # it stays awake
+        columns = looks.sleeper.columns(given)
+        rows = [dict(zip(columns, (within(rng, low, high) for low, high in intervals), strict=False))
+                for _ in range(rng.randrange(1, NAP + 1))]  # fmt: skip
+        assert [looks.detector.read(row, firing=False) for row in rows] == [CALM] * len(rows)
+        slept.sleeper.catch_up([tuple(row[column] for row in rows) for column in columns])
+        assert as_text(slept.detector.state_dict()) == as_text(looks.detector.state_dict())
+
+
+def within(rng: random.Random, low: float, high: float) -> float:
+    near = min(max(low, -20.0), high), max(min(high, 20.0), low)
+    return rng.choice([low, high, *near, rng.uniform(*near), rng.uniform(*near)])
 
 
 # ── the intake's short way ────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from grpo_watchdog.backtest import read_labels
 from grpo_watchdog.errors import WatchdogError
-from recorded_parts.packages import PACKAGES, called  # type: ignore[import-not-found] # found beside the script
+from recorded_parts.otherwise import OTHERWISE  # type: ignore[import-not-found] # found beside the script
+from recorded_parts.packages import PACKAGES, called  # type: ignore[import-not-found]
 from recorded_parts.tables import Run  # type: ignore[import-not-found]
 from recorded_parts.variants import (  # type: ignore[import-not-found]
     BOOKS,
@@ -40,6 +41,7 @@ class Study(NamedTuple):
         without: by rule, what the run is called without it.
         moved: by threshold and factor, what it is called then, where that is another.
         scales: by factor, what it is called with all thresholds moved.
+        otherwise: by how it is logged otherwise, what it is called then.
     """
 
     error: str = ""
@@ -49,6 +51,7 @@ class Study(NamedTuple):
     without: dict[str, Call] = {}  # noqa: RUF012
     moved: dict[tuple[Threshold, float], Call] = {}  # noqa: RUF012
     scales: dict[float, Call] = {}  # noqa: RUF012
+    otherwise: dict[str, Call] = {}  # noqa: RUF012
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -97,8 +100,9 @@ def study(run: Run, folder: Path, *, quick: bool) -> Study:
     first = fired(guarded, steps)
     scales = {factor: call(all_moved("guarded", factor), steps) for factor in FACTORS}
     return Study(
-        "", calls, cpu, first, ablated(guarded, steps, first), scaled(guarded, steps, base), {**scales, 1.0: base}
-    )
+        "", calls, cpu, first, ablated(guarded, steps, first), scaled(guarded, steps, base), {**scales, 1.0: base},
+        {name: call(guarded, logged(steps)) for name, logged in OTHERWISE.items()},
+    )  # fmt: skip
 
 
 def recall(job: tuple[Run, Sequence[str]], folder: Path) -> Call:

@@ -218,6 +218,14 @@ def print_left_out(whole: Mapping[str, Any]) -> None:
     print("definition (no parameter takes a gradient, the loss is NaN) needs no second family to be right; others do.")
 
 
+def print_otherwise(whole: Mapping[str, Any]) -> None:
+    """Print the figures of the same runs, logged otherwise."""
+    print(f"\n## guarded: the same runs, logged otherwise; labels as they are\n\n{head('')}")
+    print(f"| as they are | {row(whole['books']['guarded'])} |")
+    for name, found in whole["otherwise"].items():
+        print(f"| {name} | {row(found)} |")
+
+
 def print_thresholds(whole: Mapping[str, Any]) -> None:
     """Print what each threshold of the diagnosis changes when it alone is moved."""
     found = whole["thresholds"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -18,12 +18,16 @@ from pydantic import Field, field_validator
 
 from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.detectors.history import History
-from grpo_watchdog.detectors.sleep import MOST
+from grpo_watchdog.detectors.sleep import MOST, Interval
 from grpo_watchdog.rule import RANK, Level, MetricName, Number, Rule
 
 _NOISE_WINDOW = 32
 _MAD = 1.4826  # a median absolute deviation times this is the standard deviation of normal noise
 _LONGEST = 1000  # stretch that is looked at
+_SPREADS = ("std_reward", "group_std_reward")
+_HIGHER = 0.1  # of the height: by so much a value may be above all there were before a sleeper looks
+_SAFE = 1e-9  # relative: far beyond what rounding does to a limit
+_FINITE = 0.1 * MOST
 _EACH = 1.5  # a value is low with so many times as much left as their mean may have
 
 
@@ -106,7 +110,7 @@ class CrashDetector:
         if len(recent) == self._window:
             self._leave(recent[0])
         recent.append(value)
-        spread = values.get("std_reward", values.get("group_std_reward", math.nan))
+        spread = next((values[name] for name in _SPREADS if name in values), math.nan)
         if abs(spread) < MOST and not firing:
             self._spreads.append(spread)
         if not self._low_at(0, value):
@@ -118,6 +122,41 @@ class CrashDetector:
         note = f"the level was {self._best:.4g}, the bottom is {self._bottom:.4g}" if rank else ""
         limit = self._bottom + self._lefts[max(rank - 1, 0)] * (self._best - self._bottom)
         return Reading(rank, rank, self._metric, mean, limit, note, self._window - 1 if rank else 0)
+
+    def columns(self, given: Container[str]) -> tuple[str, ...]:
+        """Return the metric, and what single rewards differ by, where that is given."""
+        return (self._metric, *[name for name in _SPREADS if name in given][:1])
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return between what a value is neither low, nor so high that the level may rise to where it is."""
+        recent = self._recent
+        if self._settled < self._settle_for or self._low or any(self._streak) or len(recent) < self._window:
+            return None
+        top, bottom = max(self._best, *self._before.values, *recent), self._bottom
+        high = top + _HIGHER * (top - bottom)
+        low = bottom + _EACH * self._lefts[0] * (high - bottom)
+        low += _SAFE * (abs(low) + abs(bottom))
+        if not self._height() > 0 or not bottom < low < high < MOST or min(recent) <= low:
+            return None
+        return (low, high), (-_FINITE, _FINITE)
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Settle those that are among the newest no more; none of them is low."""
+        values, before = columns[0], self._before
+        kept = [*self._recent, *values]
+        left = kept[: len(values)]
+        self._recent.extend(values)
+        self._noise.extend(left)
+        self._settled += len(left)
+        best = self._best
+        if sum(value > best for value in (*before.values, *left)) < len(before) // 2:  # no median can be above it
+            before.extend(left)
+        else:
+            for value in left:
+                before.add(value)
+                self._best = max(self._best, before.median())
+        if len(columns) > 1:
+            self._spreads.extend(columns[1])
 
     def _low_at(self, level: int, value: float) -> bool:
         """Return whether one value is low by itself: never where there is no level yet."""

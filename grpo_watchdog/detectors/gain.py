@@ -56,15 +56,17 @@ class GainDetector:
 
     def __init__(self, rule: GainRule) -> None:
         """Start with nothing seen."""
-        self._rule = rule
-        self._metric, self._window = rule.metric, rule.window
+        self._metric, self._window, self._sigmas = rule.metric, rule.window, rule.sigmas
+        self._near, self._lacking, self._settle = rule.near, rule.lacking, rule.settle
         self.needs: tuple[str, ...] = (rule.metric,)
         self._recent: deque[float] = deque(maxlen=rule.window)
         self._noise: deque[float] = deque(maxlen=_NOISE_WINDOW)  # differences of neighbours
         self._start: float | None = None
         self._best = -math.inf
         self._seen = 0
+        self._due = rule.window  # observations at the next look
         self._mean, self._holds = 0.0, False  # as of the last look
+        self._reading = CALM
 
     def read(self, values: Mapping[str, float], *, firing: bool) -> Reading | None:
         """Hold the newest mean against start and best; None where the value is no number."""
@@ -75,35 +77,40 @@ class GainDetector:
             self._noise.append(abs(value - recent[-1]))
         recent.append(value)
         self._seen += 1
-        if len(recent) == self._window and (self._start is None or self._seen % _EVERY == 0):
+        if self._seen >= self._due:
             self._look()
-        if not self._holds and not firing:
-            return CALM
-        note = f"the mean of {self._rule.window} was {self._start:.4g} at first" if self._holds else ""
-        return Reading(int(self._holds), int(self._holds), self._rule.metric, self._mean, self._best, note)
+        return self._reading if firing or self._holds else CALM
 
     def _look(self) -> None:
-        rule = self._rule
-        self._mean = mean = math.fsum(self._recent) / rule.window
+        self._due = self._seen - self._seen % _EVERY + _EVERY
+        window, noise = self._window, self._noise
+        self._mean = mean = math.fsum(self._recent) / window
         start = self._start = mean if self._start is None else self._start
         self._best = best = max(self._best, mean)
-        usual = statistics.median(self._noise) / _DIFFERENCE * math.sqrt(2 / rule.window)
-        luck = _LUCK * math.hypot(*self._noise) / math.sqrt(2 * len(self._noise) * rule.window)
+        usual = statistics.median(noise) / _DIFFERENCE * math.sqrt(2 / window)
+        luck = _LUCK * math.hypot(*noise) / math.sqrt(2 * len(noise) * window)
         gained = mean - start
-        near = gained > max(rule.sigmas * usual, 0.0) and gained >= rule.near * (best - luck - start)
-        self._holds = near != rule.lacking and self._seen >= rule.settle
+        near = gained > max(self._sigmas * usual, 0.0) and gained >= self._near * (best - luck - start)
+        self._holds = near != self._lacking and self._seen >= self._settle
+        self._say()
+
+    def _say(self) -> None:
+        holds = self._holds
+        note = f"the mean of {self._window} was {self._start:.4g} at first" if holds else ""
+        self._reading = Reading(int(holds), int(holds), self._metric, self._mean, self._best, note)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""
         return {
             "recent": list(self._recent), "noise": list(self._noise), "start": self._start,
-            "best": None if math.isinf(self._best) else self._best, "seen": self._seen,
+            "best": None if math.isinf(self._best) else self._best, "seen": self._seen, "due": self._due,
             "mean": self._mean, "holds": self._holds,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._recent = deque(state["recent"], maxlen=self._rule.window)
+        self._recent = deque(state["recent"], maxlen=self._window)
         self._noise = deque(state["noise"], maxlen=_NOISE_WINDOW)
-        self._seen, self._mean, self._holds = state["seen"], state["mean"], state["holds"]
+        self._seen, self._due, self._mean, self._holds = state["seen"], state["due"], state["mean"], state["holds"]
         self._start, self._best = state["start"], -math.inf if state["best"] is None else state["best"]
+        self._say()

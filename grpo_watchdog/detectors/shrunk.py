@@ -5,18 +5,21 @@ A level is a running median: one long answer is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from grpo_watchdog.detectors.detector import CALM, Reading
 from grpo_watchdog.detectors.history import History
-from grpo_watchdog.detectors.sleep import MOST
+from grpo_watchdog.detectors.sleep import MOST, Interval
 from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 _LEVEL = 8  # values in a running median
 _LEAST = 3  # that make one
+_HIGHER = 1.25  # times all that there was before, a value may be until a sleeper looks
+_SAFE = 1e-9  # relative: far beyond what rounding does to a limit
+_FINITE = 0.1 * MOST
 
 
 class ShrunkRule(SingleRule):
@@ -69,6 +72,32 @@ class ShrunkDetector:
             return CALM
         note = ", ".join(f"{name} {values[name]:.4g} was {highest[name]:.4g}" for name in self.needs) if shrunk else ""
         return Reading(int(shrunk), int(shrunk), first, values[first], to * highest[first], note)
+
+    def columns(self, given: Container[str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the metrics."""
+        return self.needs
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return between what the first metric is not shrunk, whatever the others are."""
+        first = self._recent[self.needs[0]]
+        if any(len(recent) < _LEAST for recent in self._recent.values()):
+            return None
+        high = _HIGHER * max(self._highest[self.needs[0]], *first.values)
+        low = (1 + _SAFE) * self._to * high
+        if not 0 < low < high < MOST:
+            return None
+        return (low, high), *[(-_FINITE, _FINITE)] * (len(self.needs) - 1)
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Learn the values, and the highest level among them."""
+        for (name, recent), values in zip(self._recent.items(), columns, strict=True):
+            highest = self._highest[name]
+            if sum(value > highest for value in (*recent.values, *values)) < len(recent) // 2:
+                recent.extend(values)  # no median can be above it
+                continue
+            for value in values:
+                recent.add(value)
+                self._highest[name] = max(self._highest[name], recent.median())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the highest and the last values."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from grpo_watchdog.detectors.detector import CALM, Reading
-from grpo_watchdog.detectors.sleep import MOST
+from grpo_watchdog.detectors.sleep import MOST, Interval
 from grpo_watchdog.rule import MetricName, Number, SingleRule
 
 
@@ -44,7 +44,8 @@ class StillDetector:
 
     def __init__(self, rule: StillRule) -> None:
         """Start with nothing seen."""
-        self._rule = rule
+        self._metric, self._settle = rule.metric, rule.settle
+        self._share, self._share_on_top = rule.share, rule.share_on_top
         self.needs: tuple[str, ...] = (rule.metric,)
         self._counts: Counter[float] = Counter()
         self._usual: float | None = None
@@ -56,27 +57,38 @@ class StillDetector:
         """Return whether it stands still; None where the value is no number."""
         if self._moved and not firing:
             return CALM
-        rule, value = self._rule, values[self._rule.metric]
+        value = values[self._metric]
         if self._moved:
-            return Reading(0, 0, rule.metric, value, None)
+            return Reading(0, 0, self._metric, value, None)
         if not abs(value) < MOST:  # nor any whose sums overflow
             return None
         self._seen += 1
         self._highest = max(self._highest, value)
         if self._usual is None:
             self._counts[value] += 1
-            if self._seen < rule.settle:
+            if self._seen < self._settle:
                 return CALM
             self._usual, self._times = self._counts.most_common(1)[0]
             self._counts.clear()
         else:
             self._times += value == self._usual
-        share = rule.share if self._highest > self._usual else rule.share_on_top
+        share = self._share if self._highest > self._usual else self._share_on_top
         if self._times < share * self._seen:
             self._moved = True  # for good
-            return Reading(0, 0, rule.metric, value, None) if firing else CALM
+            return Reading(0, 0, self._metric, value, None) if firing else CALM
         note = f"{self._usual:.6g} on {self._times} of {self._seen} observations"
-        return Reading(1, 1, rule.metric, value, self._usual, note)
+        return Reading(1, 1, self._metric, value, self._usual, note)
+
+    def columns(self, given: Container[str]) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the metric."""
+        return self.needs
+
+    def sleep(self) -> tuple[Interval, ...] | None:
+        """Return every value, once it has moved."""
+        return ((-MOST, MOST),) if self._moved else None
+
+    def catch_up(self, columns: Sequence[tuple[float, ...]]) -> None:
+        """Learn nothing: it has moved."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted."""

@@ -16,6 +16,7 @@ _CURVE = ("wall time", "step", "value")  # as TensorBoard hands one curve out
 _TIMES = ("Wall time", "_timestamp", "_runtime", "Relative Time (Process)", "Relative Time (Wall)")
 _OF_RUN = " - "  # between the run and the metric in what W&B hands out of a panel
 _BOUNDS = ("__MIN", "__MAX")
+_SILENT = 500_000  # lines without a number, one after the other: what follows is no table any more
 _INDEX = ("", "Unnamed: 0")  # as pandas writes it
 
 
@@ -46,10 +47,13 @@ def rows(source: Source) -> Iterator[Row]:
 
 
 def _records(source: Source, layout: Layout, names: list[str]) -> Iterator[tuple[str, Record]]:
-    ragged, first = 0, 0
+    ragged, first, told = 0, 0, 0
     loose = layout.separator in " |"
     steps = [at for at, name in enumerate(names) if name in STEPS] if loose else []
     for count, given in cells_in(source, layout):
+        if count - told > _SILENT:
+            source.say(f"line {count}: no number in the {_SILENT} lines before: the rest is left out")
+            break
         indexed = len(given) == len(names) + 1 and layout.separator == " "  # as pandas prints it
         cells = given[1:] if indexed else given
         if loose and (len(cells) != len(names) or any(layout.value(cells[at]) is None for at in steps)):
@@ -59,6 +63,7 @@ def _records(source: Source, layout: Layout, names: list[str]) -> Iterator[tuple
             first = first or count
         record = _record(layout, names, cells)
         if any(isinstance(value, float) for value in record.values()):  # else text, or the heading again
+            told = count
             yield f"line {count}", record
     if ragged:
         source.say(f"lines with more or fewer cells than the heading: {ragged}; the first is line {first}")

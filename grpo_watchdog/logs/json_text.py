@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from grpo_watchdog.logs.source import Source
 
-MOST = 1 << 29  # bytes of one document: it has to be held in memory as a whole, which takes some times as much
-_SMALL = 1 << 26  # characters up to which keys that stand twice are looked for
+MOST = 1 << 28  # bytes of one document: it has to be held in memory as a whole, which takes some times as much
+_SMALL = 1 << 24  # characters up to which keys that stand twice are looked for
+_TRIED = 1 << 26  # characters that are looked through for the objects of a torn document
 _MOST_DIGITS = 400  # of a whole number; beyond that it is as good as infinite
 _SPACE = re.compile(r"[\s,]*")
 _OPENS = re.compile(r"\[\s*\{")
@@ -82,7 +83,7 @@ def _objects(text: str, at: int, decoder: json.JSONDecoder) -> list[object]:
     """Return the whole objects of the longest list of objects in a torn document."""
     best: list[object] = []
     opened = _OPENS.search(text, at)
-    tries = max(1, min(100, _SMALL // (len(text) - at)))
+    tries = max(1, min(100, _TRIED // (len(text) - at)))
     while opened is not None and tries:
         tries -= 1
         found, place = list[object](), opened.end() - 1

@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from types import NoneType
 from typing import NamedTuple
 
 from grpo_watchdog.logs.numbers import number
@@ -101,13 +102,16 @@ def _records(value: object, name: str) -> list[Record] | None:
 
 
 def _listed(value: list[object], name: str) -> list[Record] | None:
-    records: list[Record] = [item for item in value if isinstance(item, dict)]
-    if records:
+    kinds = set(map(type, value))  # of millions of items at once
+    if dict in kinds:
+        records: list[Record] = [item for item in value if isinstance(item, dict)]
         if len(records) * 2 < len(value) or _holders(records):
             return None
         return records if any(_measures(record) for record in records[:100]) else None
+    if kinds != {list}:
+        return None
     pairs = [item for item in value if isinstance(item, list) and len(item) in (_PAIR, _TRIPLE)]
-    if pairs and len(pairs) == len(value) and all(number(part) is not None for part in pairs[0]):
+    if len(pairs) == len(value) and all(number(part) is not None for part in pairs[0]):
         return [{"step": item[-2], name: item[-1]} for item in pairs]  # as TensorBoard hands a curve out
     return None
 
@@ -147,9 +151,10 @@ def _columnar(value: Mapping[str, object]) -> list[Record] | None:
 
 
 def _numeric(column: list[object]) -> bool:
-    return any(number(cell) is not None for cell in column) and all(
-        cell is None or number(cell) is not None or isinstance(cell, str) for cell in column
-    )
+    kinds = set(map(type, column))  # of millions of cells at once
+    if not kinds <= {int, float, str, NoneType}:
+        return False
+    return not kinds.isdisjoint((int, float)) or any(number(cell) is not None for cell in column[:_MOST_LOOKED_AT])
 
 
 def _indexed(value: Mapping[str, object]) -> list[Record] | None:
