@@ -17,7 +17,7 @@ from grpo_watchdog.logs.trainer_state import MEASURED
 _LONGEST = 1 << 18  # characters of a line that are looked at
 _LONGEST_DICT = 1 << 16  # characters of a dict over several lines
 _FAR = 60  # lines: what stands further below a step is not about it
-_SILENT = 500_000  # lines after which a text without a single row is none
+_SILENT = 200_000  # lines after which a text without a single row is none
 _NAMED = re.compile(r"(?i)([a-z][a-z_ ]{0,40}?)[ _:=#\[(]{1,3}(\d{1,15})(?:/\d+)?[\])]?\s{0,3}[:=|-]?\s{0,3}$")
 _NO_STEP = re.compile(r"(?i)(rank|worker|gpu|device|pid|node|epoch|sample|example|line|seed)s?$")
 _TELLS = re.compile(r"[\d{]|nan|inf|NaN")  # what is in every line that tells anything
