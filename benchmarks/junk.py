@@ -51,7 +51,7 @@ SHAPES: dict[str, Shape] = {
     "line breaks": again(b"\n", b"x\n"),
     "carriage returns": again(b"loss: 1\r", b"x\n"),
     "messages": again(b"INFO 11-28 12:00:01 worker.py:33] loading shard 3 of 8: done in 3.2 s\n"),
-    "program": again(b'def f(x):\n    return {"a": x, "b": [1, 2, 3]}\n'),
+    "program": again(b'def f(x):\n    return {"a": x, "b": [y for y in x]}\n'),
     "open brackets": again(b"["),
     "open objects": again(b'{"a":'),
     "one key twice": again(b',"a": 1', b'{"a": 1', b"}"),

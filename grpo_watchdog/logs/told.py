@@ -66,11 +66,11 @@ class Teller:
         """Yield what the lines tell, whatever the style; once it is decided, lines of other styles are passed over."""
         nothing = True
         for count, line in lines:
-            if not self._held and (self._mark not in line or not _TELLS.search(line)):
-                continue
             if nothing and self._line is None and count > _SILENT:
                 self._source.say(f"no row in the first {_SILENT} lines: the rest is not looked at")
                 return
+            if not self._held and (self._mark not in line or not _TELLS.search(line)):
+                continue
             for told in self.take(count, cleaned(line[:_LONGEST])):
                 nothing = False
                 yield told
