@@ -108,6 +108,14 @@ def test_what_was_seen_what_would_have_been_done_and_what_was_not_seen(tmp_path:
     assert "log_p_trainer" in unseen["switch_on"].replace(" ", "_")
 
 
+def test_a_setting_that_stays_where_it_is_was_held_and_not_lowered(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.jsonl", changed(runaway(), 0, learning_rate=3e-6))
+    english, chinese = (as_text(diagnose(path, GUARDED), lang) for lang in ("en", "zh"))
+    assert "lower_learning_rate held at 3e-06" in english
+    assert "lower_learning_rate 保持在 3e-06" in chinese
+    assert "3e-06 -> 3e-06" not in english + chinese
+
+
 def test_the_setting_to_begin_with_next_time_is_in_numbers_of_this_run(tmp_path: Path) -> None:
     run = json.loads(as_json(diagnose(write(tmp_path / "run.jsonl", runaway()), GUARDED)))["runs"][0]
     begun = calm()[0]["learning_rate"]

@@ -16,10 +16,15 @@ from grpo_watchdog.lab.cells import Row
 from grpo_watchdog.rulebook import load, shipped
 
 _DECIDE_NOTHING = (
-    "cli.py",
+    "backtest.py",
+    "cli/",
+    "diagnosed.py",
+    "lab/corpus",
     "lab/demo.py",
     "lab/scores.py",
     "lab/tables.py",
+    "logs/",
+    "recorded.py",
     "reports/",
 )  # no run's result hangs on them
 _EVERY = 0.05  # the share of the runs after which a line is printed where there is no terminal
