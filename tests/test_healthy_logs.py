@@ -212,6 +212,21 @@ def lost_at_once(seed: int) -> Rows:
     return changed(rows, 3, reward=0.0, reward_std=0.02, entropy=7.0)
 
 
+def down_to_a_third(seed: int) -> Rows:
+    """Of rewards of 0 or 1, which spread by more than they can fall."""
+    rows = learning(seed, Task(start=0.6, end=0.7))
+    return [{**row, "reward": 0.3 * row["reward"]} if place >= WENT else row for place, row in enumerate(rows)]
+
+
+def slides(seed: int) -> Rows:
+    """The reward slides down from the first row: that scatters more than it falls, but not from row to row."""
+    rng = np.random.default_rng(seed)
+    return [
+        {**row, "reward": 0.3 * math.exp(-place / 10) * float(rng.uniform(0.9, 1.1)), "reward_std": 0.02}
+        for place, row in enumerate(learning(seed, Task(rows=60)))
+    ]
+
+
 def runaway_length(seed: int) -> Rows:
     return changed(ordinary(seed), WENT, completions__mean_length=600.0, completions__clipped_ratio=0.97, reward=0.05)
 
@@ -276,6 +291,8 @@ SICK = [
     Sickness(infinite_loss, "critical", WENT + 1, WENT + 2),
     Sickness(reward_lost, "critical", WENT + 1, WENT + 10),
     Sickness(lost_at_once, "critical", 4, 8),
+    Sickness(down_to_a_third, "critical", WENT + 1, WENT + 16),
+    Sickness(slides, "critical", 8, 30),
     Sickness(runaway_length, "warning", WENT + 1, WENT + 30),
     Sickness(cut_and_equal, "critical", WENT + 1, WENT + 9),
     Sickness(one_answer, "critical", WENT + 1, WENT + 40),

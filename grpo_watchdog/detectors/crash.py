@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,8 @@ from grpo_watchdog.rule import RANK, Level, MetricName, Number, Rule
 
 _NOISE_WINDOW = 32
 _MAD = 1.4826  # a median absolute deviation times this is the standard deviation of normal noise
+_NORMAL = 0.954  # the median |difference| of two independent normal values, in standard deviations of one
+_LASTING = 1.5  # noise that lasts from row to row differs less than it scatters: about AR(1) of 0.55
 _LONGEST = 1000  # stretch that is looked at
 _SPREADS = ("std_reward", "group_std_reward")
 _HIGHER = 0.1  # of the height: by so much a value may be above all there were before a sleeper looks
@@ -217,7 +219,7 @@ class CrashDetector:
         return chance <= self._chance
 
     def _beyond_noise(self, mean: float) -> bool:
-        fall, noise = self._best - mean, _scatter(self._noise)
+        fall, noise = self._best - mean, _scatter(list(self._noise))
         spread = math.hypot(*self._spreads) / math.sqrt(len(self._spreads) or 1)
         return fall > self._sigmas * noise and fall > self._in_spreads * spread
 
@@ -242,8 +244,16 @@ class CrashDetector:
         self._best, self._bottom = -math.inf if state["best"] is None else state["best"], state["bottom"]
 
 
-def _scatter(values: Collection[float]) -> float:
-    """Return the robust standard deviation; where most values are equal that says nothing, and the usual one counts."""
+def _scatter(values: Sequence[float]) -> float:
+    """Return the noise of values: by their own scatter, or by how far neighbours differ, where that is less.
+
+    A level that slides down scatters, and its neighbours differ little. Where most values, or differences, are equal
+    the robust measure says nothing, and the usual one counts.
+    """
     middle = statistics.median(values)
     robust = _MAD * statistics.median(abs(value - middle) for value in values)
-    return robust or math.hypot(*(value - middle for value in values)) / math.sqrt(len(values))
+    if not robust:
+        return math.hypot(*(value - middle for value in values)) / math.sqrt(len(values))
+    apart = [abs(after - before) for before, after in pairwise(values)]
+    lasting = _LASTING * statistics.median(apart) / _NORMAL if apart else 0.0
+    return min(robust, lasting or robust)
