@@ -212,12 +212,6 @@ def lost_at_once(seed: int) -> Rows:
     return changed(rows, 3, reward=0.0, reward_std=0.02, entropy=7.0)
 
 
-def down_to_a_third(seed: int) -> Rows:
-    """Of rewards of 0 or 1, which spread by more than they can fall."""
-    rows = learning(seed, Task(start=0.6, end=0.7))
-    return [{**row, "reward": 0.3 * row["reward"]} if place >= WENT else row for place, row in enumerate(rows)]
-
-
 def slides(seed: int) -> Rows:
     """The reward slides down from the first row: that scatters more than it falls, but not from row to row."""
     rng = np.random.default_rng(seed)
@@ -291,7 +285,6 @@ SICK = [
     Sickness(infinite_loss, "critical", WENT + 1, WENT + 2),
     Sickness(reward_lost, "critical", WENT + 1, WENT + 10),
     Sickness(lost_at_once, "critical", 4, 8),
-    Sickness(down_to_a_third, "critical", WENT + 1, WENT + 16),
     Sickness(slides, "critical", 8, 30),
     Sickness(runaway_length, "warning", WENT + 1, WENT + 30),
     Sickness(cut_and_equal, "critical", WENT + 1, WENT + 9),

@@ -17,8 +17,8 @@ from grpo_watchdog.errors import RulebookError
 from grpo_watchdog.findings import Findings
 from grpo_watchdog.metrics import Step
 from grpo_watchdog.rule import Rule
-from grpo_watchdog.rulebook import Rulebook, from_json
-from grpo_watchdog.watch import Finding
+from grpo_watchdog.rulebook import Rulebook, from_json, load
+from grpo_watchdog.watch import Finding, Watch
 
 NAN, INF = math.nan, math.inf
 TEXT = {"en": "x", "zh": "某"}
@@ -487,3 +487,18 @@ def test_each_of_these_can_fire_and_can_be_calm(kind: str) -> None:
     start = [2.0, *values] if kind == "first" else values if kind != "still" else [0.3] * 8 + values
     seen = list(ranks([{"mean_reward": v, "entropy": v + 0.01} for v in start], **KINDS[kind]))
     assert {0} < {reading for reading in seen if reading is not None}
+
+
+def test_over_ten_rows_a_reward_of_0_or_1_need_not_fall_by_twice_what_single_ones_differ_by() -> None:
+    rule = load("guarded").rules["reward_down"]
+    assert rule.model_dump()["spreads"] == 1.0
+    rng = random.Random(3)
+    rows = [{"mean_reward": rng.gauss(0.65, 0.06), "std_reward": 0.47} for _ in range(60)]
+    rows += [{"mean_reward": rng.gauss(0.2, 0.03), "std_reward": 0.4} for _ in range(60)]
+    found = {}
+    for spreads in (1.0, 2.0):  # the first is the shipped one
+        watch = Watch("reward_down", rule.model_copy(update={"spreads": spreads}))
+        found[spreads] = next(
+            (row for row, values in enumerate(rows) if watch.update(values, row) and watch.loud), None
+        )
+    assert found == {1.0: 69, 2.0: None}
