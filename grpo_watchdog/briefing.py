@@ -92,7 +92,7 @@ def sentence(outcome: Outcome) -> str:
     change = ""
     if outcome.before is not None or outcome.after is not None:
         before, after = _number(outcome.before), _number(outcome.after)
-        change = f" held at {after}" if before == after else f" {before} -> {after}"
+        change = f" held at {after}" if outcome.before == outcome.after else f" {before} -> {after}"
     failed = "" if outcome.ok else f" FAILED ({outcome.detail})"
     would = {"": "", "shadow": "would (shadow): "}.get(outcome.held_back, f"{outcome.held_back}: ")
     return f"step {outcome.step}: {would}{outcome.action}{change}{failed} [{outcome.rule}: {outcome.reason}]"

@@ -82,7 +82,7 @@ class GainDetector:
         return self._reading if firing or self._holds else CALM
 
     def _look(self) -> None:
-        self._due = self._seen - self._seen % _EVERY + _EVERY
+        self._due = self._next()
         window, noise = self._window, self._noise
         self._mean = mean = math.fsum(self._recent) / window
         start = self._start = mean if self._start is None else self._start
@@ -94,6 +94,9 @@ class GainDetector:
         self._holds = near != self._lacking and self._seen >= self._settle
         self._say()
 
+    def _next(self) -> int:
+        return self._seen - self._seen % _EVERY + _EVERY
+
     def _say(self) -> None:
         holds = self._holds
         note = f"the mean of {self._window} was {self._start:.4g} at first" if holds else ""
@@ -103,7 +106,7 @@ class GainDetector:
         """Return what is remembered."""
         return {
             "recent": list(self._recent), "noise": list(self._noise), "start": self._start,
-            "best": None if math.isinf(self._best) else self._best, "seen": self._seen, "due": self._due,
+            "best": None if math.isinf(self._best) else self._best, "seen": self._seen,
             "mean": self._mean, "holds": self._holds,
         }  # fmt: skip
 
@@ -111,6 +114,7 @@ class GainDetector:
         """Take it back."""
         self._recent = deque(state["recent"], maxlen=self._window)
         self._noise = deque(state["noise"], maxlen=_NOISE_WINDOW)
-        self._seen, self._due, self._mean, self._holds = state["seen"], state["due"], state["mean"], state["holds"]
+        self._seen, self._mean, self._holds = state["seen"], state["mean"], state["holds"]
         self._start, self._best = state["start"], -math.inf if state["best"] is None else state["best"]
+        self._due = self._window if self._start is None else self._next()
         self._say()

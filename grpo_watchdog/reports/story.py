@@ -213,7 +213,8 @@ class _Teller:
         line = f"{self._say('step', step=action['step'])}: {would}{action['action']}"
         before, after = number(action["before"]), number(action["after"])
         if action["before"] is not None or action["after"] is not None:
-            line += f" {self._say('held_at', value=after)}" if before == after else f" {before} -> {after}"
+            held = action["before"] == action["after"]
+            line += f" {self._say('held_at', value=after)}" if held else f" {before} -> {after}"
         if not action["ok"]:
             line += f" {self._say('failed', detail=action['detail'])}"
         return f"{line} ({action['reason']})"
