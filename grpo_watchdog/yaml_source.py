@@ -44,6 +44,10 @@ _WORDS: dict[str, Any] = {
 }
 
 
+_ALIAS = "anchors and aliases are not allowed; write it out"
+_BOMB = 20  # of them: then it is no slip, and one line says it
+
+
 class Places:
     """Where each piece of some data stands: its value, and the word that names it."""
 
@@ -130,7 +134,11 @@ class Source:
         if len(key) > MAX_DEPTH:
             self._give_up(f"nested more than {MAX_DEPTH} deep", *self._place(event)[1:])
         if isinstance(event, AliasEvent) or event.anchor:
-            self._refuse(key, event, "anchors and aliases are not allowed; write it out")
+            self._refuse(key, event, _ALIAS)
+            aliases = [problem for problem in self.problems if problem.message == _ALIAS]
+            if len(aliases) > _BOMB:
+                first = aliases[0]._replace(message=f"{_ALIAS}; there are more than {_BOMB} of them")
+                raise RulebookError([first])
         if not isinstance(event, AliasEvent) and event.tag is not None:
             self._refuse(key, event, f"tag {event.tag} is not allowed; plain values only")
         if isinstance(event, SequenceStartEvent):

@@ -411,3 +411,18 @@ def test_every_shipped_rulebook_is_valid_by_the_schema(name: str) -> None:
 def test_an_editor_with_the_schema_finds_the_faults_that_a_schema_can_find(name: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(Source(BAD / f"{name}.yaml").data, SCHEMA)
+
+
+def test_a_yaml_bomb_is_one_line(tmp_path: Path) -> None:
+    lines = [
+        "a: &a [x, x]",
+        *(f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]" for n in range(9)),
+    ]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(gw.RulebookError) as raised:
+        gw.load(str(path))
+    assert (
+        str(raised.value)
+        == f"{path}:1:4: anchors and aliases are not allowed; write it out; there are more than 20 of them"
+    )
